@@ -1,0 +1,55 @@
+# Everything a developer or CI does. `make demo` and `make test` set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENGINE_VENV := .engine-venv
+STAMP := $(VENV)/.stamp
+
+.PHONY: setup demo test check fmt lint types layers size engine-env bench clean
+
+setup: $(STAMP)
+
+# torch goes first, by its exact pin: where a CPU build is at hand it is taken, and no later
+# package can pull in another one.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/nybble demo --out demo-out
+
+# Real counterparts included: AutoRound's loader in Transformers, and vLLM on the CPU with MTP.
+test: setup engine-env
+	$(BIN)/pytest
+
+check: setup
+	$(MAKE) lint types layers size test
+
+fmt: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+layers: setup
+	$(BIN)/lint-imports
+
+size: setup
+	$(BIN)/python tools/check_size.py
+
+engine-env:
+	bash tools/engine_env/build.sh $(ENGINE_VENV)
+
+bench: setup
+	bash benchmarks/peers/build_env.sh auto_round
+	$(BIN)/python benchmarks/signround_ab.py
+
+clean:
+	rm -rf $(VENV) $(ENGINE_VENV) .bench-venv demo-out tiny-build

@@ -1,0 +1,5 @@
+"""``python -m nybble``."""
+
+from nybble.cli.app import main
+
+main()

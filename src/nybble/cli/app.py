@@ -1,0 +1,103 @@
+"""The command line. Commands import what they need when they run, so that --help is fast."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nybble.core.errors import NybbleError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From a BF16 LLM checkpoint to a small one that is verified, with its MTP head alive.",
+)
+
+Model = Annotated[Path, typer.Argument(help="Folder of the base checkpoint.", metavar="MODEL")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe or a .toml file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one field: section.key=value. Repeatable."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
+
+DEFAULT_RECIPE = "w4a16-autoround"
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    recipe: RecipeName = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, sizes, memory and time; write nothing.")
+    ] = False,
+) -> None:
+    """Quantize a base checkpoint, block by block; everything else is kept bit-exact."""
+    from nybble.cli import quantize as command
+
+    chosen = command.load_recipe(recipe, overrides or [])
+    if dry_run:
+        command.print_estimate(model, chosen, device)
+    else:
+        command.run(model, out, chosen, device)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    recipe: RecipeName = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    every_tensor: Annotated[
+        bool, typer.Option("--tensors", help="One line per tensor instead of per kind.")
+    ] = False,
+) -> None:
+    """Show a checkpoint's parts, and the fate each tensor would get."""
+    from nybble.cli import inspect as command
+
+    command.run(model, recipe, overrides or [], every_tensor)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with nybble."""
+    from nybble.recipe.load import load_recipe, shipped_recipes
+
+    for name in shipped_recipes():
+        typer.echo(f"{name:24} {load_recipe(name).summary()}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")] = Path(
+        "demo-out"
+    ),
+) -> None:
+    """Quantize the bundled tiny model and measure the result: the whole story on a CPU."""
+    from nybble.cli import demo as command
+
+    command.run(out)
+
+
+def main() -> None:
+    """Entry point: bad input is one line and exit code 2, never a traceback."""
+    # The libraries' own notices are not for our users; what matters to them we say ourselves.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except NybbleError as error:
+        sys.stderr.write(f"nybble: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("nybble: interrupted; nothing was written\n")
+        sys.exit(130)

@@ -1,0 +1,86 @@
+"""``nybble quantize``: runs the pipeline and shows how far it is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nybble.cli.inspect import print_architecture, print_sizes
+from nybble.cli.tables import console, human_bytes, human_seconds, plan_table
+from nybble.pipeline.estimate import estimate
+from nybble.pipeline.events import OnEvent, Step
+from nybble.pipeline.manifest import peak_rss_bytes
+from nybble.pipeline.quantize import quantize
+from nybble.recipe.load import load_recipe
+from nybble.recipe.schema import Recipe
+
+__all__ = ["load_recipe", "print_estimate", "run"]
+
+
+def run(model: Path, out: Path, recipe: Recipe, device: str) -> None:
+    """Quantizes with a progress display on standard error."""
+    began = time.monotonic()
+    with progress_display() as on_event:
+        result = quantize(model, out, recipe, device, on_event)
+    if result.already_finished:
+        console.print(f"{out} already holds this result; nothing to do")
+        return
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    console.print(
+        f"{out}: {human_bytes(size)}, in {human_seconds(time.monotonic() - began)}, "
+        f"peak memory {human_bytes(peak_rss_bytes())}"
+    )
+
+
+def print_estimate(model: Path, recipe: Recipe, device: str) -> None:
+    """Prints what a run would do and need."""
+    needs = estimate(model, recipe, device)
+    console.print(recipe.summary())
+    print_architecture(needs.arch)
+    console.print(plan_table(needs.arch, needs.plan, every_tensor=False))
+    print_sizes(needs.plan)
+    console.print(
+        f"memory: {human_bytes(needs.block_bytes)} for a block and its training, "
+        f"{human_bytes(needs.stream_bytes)} for the calibration rows, beside one batch's "
+        "activations and the libraries"
+    )
+    console.print(f"disk: {human_bytes(needs.output_bytes)}")
+    console.print(f"time: about {human_seconds(needs.seconds)}, from a trial on this machine")
+
+
+@contextmanager
+def progress_display() -> Iterator[OnEvent]:
+    """A live bar on a terminal, else one plain line per block."""
+    if not sys.stderr.isatty():
+        yield _plain_line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=1.0)
+
+        def show(event: Step) -> None:
+            loss = "" if event.loss is None else f"  loss {event.loss:.3g}"
+            memory = human_bytes(peak_rss_bytes())
+            text = f"block {event.block + 1}/{event.num_blocks}{loss}  peak {memory}"
+            progress.update(task, completed=event.share_done, description=text)
+
+        yield show
+
+
+def _plain_line(event: Step) -> None:
+    if event.step == event.num_steps:
+        loss = "" if event.loss is None else f", loss {event.loss:.3g}"
+        sys.stderr.write(f"block {event.block + 1}/{event.num_blocks} done{loss}\n")

@@ -1,0 +1,109 @@
+"""The demo's work: quantize the bundled tiny model, then measure what was lost.
+
+The model and the rows are small enough to hold base and result in memory together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nybble.data.rows import build_rows
+from nybble.engine.generate import generate_greedy
+from nybble.engine.load import LoadedModel, load_model
+from nybble.eval.acceptance import AcceptanceResult, measure_acceptance
+from nybble.eval.kld import KldResult, measure_kld
+from nybble.pipeline.events import OnEvent
+from nybble.pipeline.manifest import peak_rss_bytes
+from nybble.pipeline.quantize import quantize
+from nybble.recipe.load import load_recipe
+from nybble.recipe.schema import Calibration
+
+RECIPE = "tiny-demo"
+HELDOUT = Calibration(source="stdlib-heldout", rows=32, seqlen=256, layout="pack", seed=1)
+PROMPT_TOKENS = 64
+NEW_TOKENS = 64
+PROMPTS = (
+    "def main():\n",
+    "import os\n",
+    "class Queue:\n    def __init__(self",
+    "    if not isinstance(",
+    "    try:\n        ",
+    "    for name in ",
+    "    raise ValueError(",
+    "    def __repr__(self):\n        return ",
+    "    with open(",
+    "<|im_start|>user\nWhat does random.shuffle do?<|im_end|>\n<|im_start|>assistant\n<think>\n\n"
+    "</think>\n\n",
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the demo measured."""
+
+    out: Path
+    already_finished: bool
+    quantize_seconds: float
+    peak_rss_bytes: int
+    base_bytes: int
+    result_bytes: int
+    kld: KldResult
+    base_acceptance: AcceptanceResult
+    result_acceptance: AcceptanceResult
+    samples: tuple[tuple[str, str], ...]
+    """Prompt, and its continuation by the quantized model."""
+
+
+@contextmanager
+def bundled_model() -> Iterator[Path]:
+    """Folder of the tiny model that comes with nybble."""
+    with resources.as_file(resources.files("nybble") / "assets" / "tiny") as folder:
+        yield folder
+
+
+def run_demo(out: Path, on_event: OnEvent) -> DemoResult:
+    """Quantizes to ``out`` (or finds it finished) and measures on held-out text."""
+    with bundled_model() as base_folder:
+        began = time.monotonic()
+        made = quantize(base_folder, out, load_recipe(RECIPE), "cpu", on_event)
+        seconds = time.monotonic() - began
+        peak = peak_rss_bytes()
+        tokenizer = AutoTokenizer.from_pretrained(base_folder, local_files_only=True)
+        base, result = load_model(base_folder), load_model(out)
+        base_bytes = _weight_bytes(base_folder)
+    windows = build_rows(HELDOUT, tokenizer).token_ids
+    prompts = windows[:, :PROMPT_TOKENS]
+    return DemoResult(
+        out=out,
+        already_finished=made.already_finished,
+        quantize_seconds=seconds,
+        peak_rss_bytes=peak,
+        base_bytes=base_bytes,
+        result_bytes=_weight_bytes(out),
+        kld=measure_kld(base, result, windows),
+        base_acceptance=measure_acceptance(base, prompts, NEW_TOKENS),
+        result_acceptance=measure_acceptance(result, prompts, NEW_TOKENS),
+        samples=tuple((prompt, continued(result, tokenizer, prompt)) for prompt in PROMPTS),
+    )
+
+
+def continued(model: LoadedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Up to 24 greedy tokens after a prompt."""
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    vocab = tokenizer.get_vocab()
+    stops = frozenset({vocab["<|im_end|>"], vocab["<|endoftext|>"]})
+    tokens = generate_greedy(model, ids, num_new=24, stop_ids=stops)
+    text = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

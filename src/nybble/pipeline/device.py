@@ -1,0 +1,26 @@
+"""Where the arithmetic runs, and in which type."""
+
+from __future__ import annotations
+
+import torch
+
+from nybble.core.errors import RecipeError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is any, else the CPU; raises RecipeError for an absent one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"device {name!r} is not usable here: {str(error).splitlines()[0]}"
+        ) from (error)
+    return device
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float32 on the CPU, where it is as fast and exact; bfloat16 on accelerators."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16

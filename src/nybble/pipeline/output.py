@@ -1,0 +1,65 @@
+"""The result folder: staged beside its final place, and moved there only when complete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nybble.core.atomic import fsync_path
+from nybble.core.errors import OutputError
+
+MANIFEST = "nybble.json"
+
+
+def is_finished(out: Path, job: str) -> bool:
+    """Whether ``out`` already holds the complete result of this very job.
+
+    Raises OutputError if it holds anything else: nothing is ever overwritten.
+    """
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file: give another output folder")
+    if not any(out.iterdir()):
+        return False
+    try:
+        found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"{out} is not empty and holds no result of nybble: give another output folder"
+        ) from None
+    if found != job:
+        raise OutputError(
+            f"{out} holds the result of another recipe, base or calibration text: give another "
+            "output folder, or remove it"
+        )
+    return True
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """A fresh folder beside ``out`` that becomes ``out`` if the body succeeds, else vanishes.
+
+    Raises OutputError if it cannot be created or moved.
+    """
+    staging = out.with_name(out.name + ".partial")
+    try:
+        if staging.exists():
+            shutil.rmtree(staging)  # left by a run that was killed
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot create {staging}: {error.strerror}") from error
+    try:
+        yield staging
+        try:
+            staging.replace(out)  # over an empty folder, or where nothing is
+            fsync_path(out.parent)
+        except OSError as error:
+            raise OutputError(f"cannot move {staging} to {out}: {error.strerror}") from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise

@@ -1,0 +1,39 @@
+"""Checks a finished result before it may take its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nybble.arch.plan import TensorPlan
+from nybble.arch.registry import architecture_of
+from nybble.checkpoint.reader import CheckpointReader
+from nybble.core.errors import CheckpointError
+from nybble.engine.stored import stored_grids
+
+
+def verify_result(folder: Path, base: CheckpointReader, plan: TensorPlan) -> None:
+    """Re-reads a result from the disk and compares it with its base and its plan.
+
+    Every tensor must be stored as config.json declares it, quantized exactly where planned, and
+    every kept tensor must equal the base's, byte for byte. Raises CheckpointError.
+    """
+    with CheckpointReader(folder) as result:
+        grids = stored_grids(architecture_of(result.config), result.index, result.config)
+        packed = {name for name, grid in grids.items() if grid is not None}
+        planned = {name for name, _ in plan.all_quantized()}
+        if packed != planned:
+            odd = sorted(packed ^ planned)[0]
+            raise CheckpointError(f"{odd} is stored otherwise than planned")
+        for name, _ in plan.kept():
+            if name not in result.index or bytes_differ(result, base, name):
+                raise CheckpointError(f"{name} in the result is not the base's, byte for byte")
+            result.release()
+            base.release()
+
+
+def bytes_differ(one: CheckpointReader, other: CheckpointReader, name: str) -> bool:
+    """Whether a tensor's type, shape or bytes differ between two checkpoints."""
+    mine, theirs = one.index.tensors[name], other.index.tensors[name]
+    return (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or (
+        one.raw(name) != other.raw(name)
+    )
