@@ -35,7 +35,7 @@ os.environ.update(
     # Engine and model live in this process: the module tree can be read.
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     # With torch's own OpenMP and two threads, one speculative step takes most of a second; with
-    # one thread, milliseconds. One thread also makes sums independent of the machine.
+    # one thread, milliseconds. One thread also makes sums independent of the number of cores.
     OMP_NUM_THREADS="1",
     # On a machine with AMX, vLLM would otherwise quantize activations to 8 bits for W4 layers.
     VLLM_CPU_INT4_W4A8="0",
@@ -98,6 +98,16 @@ def describe_worker(worker) -> dict[str, dict[str, str | None]]:
     return described
 
 
+def counters(llm) -> dict:
+    """vLLM's speculation counters; zero or empty without MTP."""
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    per_pos = metrics.get(ACCEPTED_PER_POS)
+    return {
+        **{key: metrics[name].value if name in metrics else 0 for key, name in COUNTERS.items()},
+        "accepted_per_pos": [] if per_pos is None else list(per_pos.values),
+    }
+
+
 def run(job: dict) -> dict:
     """Load the model, generate greedily, and collect what the result file reports."""
     started = time.monotonic()
@@ -138,14 +148,10 @@ def run(job: dict) -> dict:
     )
     finished = time.monotonic()
 
-    metrics = {metric.name: metric for metric in llm.get_metrics()}
     result = {
         "outputs": [list(output.outputs[0].token_ids) for output in outputs],
         "modules": llm.collective_rpc(describe_worker)[0],
-        **{key: metrics[name].value if name in metrics else 0 for key, name in COUNTERS.items()},
-        "accepted_per_pos": (
-            list(metrics[ACCEPTED_PER_POS].values) if ACCEPTED_PER_POS in metrics else []
-        ),
+        **counters(llm),
         "seconds": {
             "load": round(loaded - started, 2),
             "generate": round(finished - loaded, 2),
@@ -174,7 +180,7 @@ def main() -> int:
     job_file, result_file = map(Path, sys.argv[1:])
     try:
         result = run(json.loads(job_file.read_text()))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a process edge: whatever it is, the caller reads it
         result = {"error": one_line(error)}
     result_file.write_text(json.dumps(result) + "\n")
     return 1 if "error" in result else 0

@@ -13,7 +13,16 @@ stamp=$venv/engine-env.sha256
 
 inputs=$(find "$env" -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z |
     xargs -0 sha256sum | sha256sum)
-if [[ -f $stamp && $(<"$stamp") == "$inputs" ]]; then
+up_to_date() { [[ -f $stamp && $(<"$stamp") == "$inputs" ]]; }
+if up_to_date; then
+    exit 0
+fi
+
+# One build at a time. The lock lives as long as the last process started below, so this also waits
+# for a pip that outlived its killed build.
+exec 9<"$env/requirements.txt"
+flock 9
+if up_to_date; then
     exit 0
 fi
 if [[ -e $venv && ! -f $venv/pyvenv.cfg ]]; then

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextModel
 
 from nybble.arch.qwen3_5_mtp import Qwen3_5MtpHead
+from nybble.core.cpu import flush_denormals
 from nybble.data.stdlib import Split
 
 from . import corpus
@@ -126,6 +127,7 @@ def batch_at(tokens: np.ndarray, step: int, rows: int) -> torch.Tensor:
 
 def train(build: Path, steps: int, rows: int, device: str) -> None:
     """Trains to ``steps``, saving every 50, from the last save if there is one."""
+    flush_denormals()
     torch.manual_seed(SEED)
     tokenizer, tokens = prepare(build)
     python = ".".join(platform.python_version_tuple()[:2])

@@ -99,12 +99,13 @@ def text_only_copy(source: Path, target: Path) -> Path:
         if (source / name).exists():
             shutil.copy(source / name, target / name)
 
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in sorted(source.glob("*.safetensors")):
         with safe_open(shard, "pt") as file:
+            names = file.keys()  # no mapping: `in file` would fail
             kept = {
                 name.replace(TEXT_PREFIX, "model.", 1): file.get_tensor(name)
-                for name in file
+                for name in names
                 if not name.startswith(DROPPED)
             }
         if kept:
@@ -179,14 +180,73 @@ def peak_rss() -> int:
     raise RuntimeError("no VmHWM in /proc/self/status")
 
 
+def packed_modules(folder: Path) -> list[str]:
+    """Names of the modules a checkpoint stores quantized."""
+    from safetensors import safe_open
+
+    packed: list[str] = []
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            names = file.keys()
+        packed += [name[: -len(".qweight")] for name in names if name.endswith(".qweight")]
+    return sorted(packed)
+
+
+def rounder_for(job: dict[str, Any], model: Path, options: dict[str, Any]) -> Any:
+    """auto-round's entry object, with the job's settings."""
+    from auto_round import AutoRound
+
+    return AutoRound(
+        str(model),
+        bits=job["bits"],
+        group_size=job["group_size"],
+        sym=job["sym"],
+        iters=job["iters"],
+        seed=job["seed"],
+        device_map="cpu",
+        enable_torch_compile=job.get("compile", False),
+        **options,
+    )
+
+
+def result_of(
+    rounder: Any, log: LogRecorder, rows: list[str], out: Path, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """What the caller reads."""
+    import torch
+
+    context = rounder.model_context
+    return {
+        **seconds,
+        # auto-round's own figure: all blocks (reference outputs, tuning, packing), no load or save.
+        "seconds_tuning": log.seconds_tuning,
+        "peak_rss_bytes": peak_rss(),
+        "compile": bool(rounder.enable_torch_compile),
+        "compile_block": bool(rounder.alg_composer.block_forward.enable_torch_compile),
+        "amp": bool(context.amp),
+        "amp_dtype": str(context.amp_dtype).removeprefix("torch."),
+        "model_dtype": str(context.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        # Losses are mean squared errors over their batch's count of valid tokens.
+        "blocks": log.blocks,
+        "rows": rows,
+        "out": str(out),
+        "format": FORMAT,
+        "prefix": "model.layers.",
+        "packed": packed_modules(out),
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in ("auto-round", "torch", "transformers", "numpy")},
+        },
+    }
+
+
 def quantize(job: dict[str, Any], work: Path) -> dict[str, Any]:
     """Do the job, with ``work`` for temporary files; return the result."""
     import torch
 
     torch.set_num_threads(job["threads"])
-    from auto_round import AutoRound
     from auto_round.logger import logger
-    from safetensors import safe_open
     from torch._dynamo.utils import calculate_time_spent
 
     out = Path(job["out"])
@@ -208,17 +268,7 @@ def quantize(job: dict[str, Any], work: Path) -> dict[str, Any]:
     logger.addHandler(log)
 
     started, clock = time.time(), time.perf_counter()
-    rounder = AutoRound(
-        str(model),
-        bits=job["bits"],
-        group_size=job["group_size"],
-        sym=job["sym"],
-        iters=job["iters"],
-        seed=job["seed"],
-        device_map="cpu",
-        enable_torch_compile=job.get("compile", False),
-        **options,
-    )
+    rounder = rounder_for(job, model, options)
     seconds_load = time.perf_counter() - clock
     _, folder = rounder.quantize_and_save(str(work / "saved"), format=FORMAT)
     seconds_total = time.perf_counter() - clock
@@ -230,39 +280,15 @@ def quantize(job: dict[str, Any], work: Path) -> dict[str, Any]:
     if untuned:
         raise RuntimeError(f"no loss in blocks {untuned}: auto-round only rounded them (compile?)")
     shutil.move(folder if isinstance(folder, str) else folder[0], out)
-    packed = []
-    for shard in sorted(out.glob("*.safetensors")):
-        with safe_open(shard, "pt") as file:
-            packed += [key[: -len(".qweight")] for key in file if key.endswith(".qweight")]
-    context = rounder.model_context
     for block in log.blocks:
         block["at"] = round(block["at"] - started, 3)
-    return {
-        # auto-round's own figure: all blocks (reference outputs, tuning, packing), no load or save.
-        "seconds_tuning": log.seconds_tuning,
+    seconds = {
         "seconds_total": seconds_total,
         "seconds_load": seconds_load,
         # Part of the tuning, and nothing where the compiler's cache held the code already.
         "seconds_compile": calculate_time_spent()["total_wall_time"],
-        "peak_rss_bytes": peak_rss(),
-        "compile": bool(rounder.enable_torch_compile),
-        "compile_block": bool(rounder.alg_composer.block_forward.enable_torch_compile),
-        "amp": bool(context.amp),
-        "amp_dtype": str(context.amp_dtype).removeprefix("torch."),
-        "model_dtype": str(context.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        # Losses are mean squared errors over their batch's count of valid tokens.
-        "blocks": log.blocks,
-        "rows": consumed,
-        "out": str(out),
-        "format": FORMAT,
-        "prefix": "model.layers.",
-        "packed": sorted(packed),
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: version(name) for name in ("auto-round", "torch", "transformers", "numpy")},
-        },
     }
+    return result_of(rounder, log, consumed, out, seconds)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from nybble.arch.registry import architecture_of
 from nybble.arch.spec import Architecture
 from nybble.checkpoint.reader import CheckpointReader
+from nybble.core.cpu import flush_denormals
 from nybble.engine.stored import stored_grids
 from nybble.packing import auto_round
 from nybble.quant.grid import IntGrid
@@ -67,6 +68,7 @@ def load_model(
 
     Raises CheckpointError if it is incomplete, or stored otherwise than it declares.
     """
+    flush_denormals()
     with CheckpointReader(folder) as reader:
         arch = architecture_of(reader.config)
         grids = stored_grids(arch, reader.index, reader.config)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from nybble.core.cpu import flush_denormals
 from nybble.core.errors import RecipeError
 
 
 def resolve_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is any, else the CPU; raises RecipeError for an absent one."""
+    flush_denormals()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -22,7 +22,7 @@ from nybble.checkpoint.headers import TORCH_DTYPES
 from nybble.checkpoint.reader import CheckpointReader
 from nybble.checkpoint.sidecar import copy_sidecars, write_config
 from nybble.checkpoint.writer import ShardWriter, TensorSpec, plan_shards
-from nybble.core.errors import CheckpointError, QuantizationError
+from nybble.core.errors import CheckpointError, QuantizationError, RecipeError
 from nybble.data.rows import Rows, build_rows
 from nybble.packing import auto_round
 from nybble.pipeline.block import (
@@ -127,6 +127,12 @@ def calibration_rows(recipe: Recipe, model: Path, arch: Architecture) -> Rows | 
     """The calibration rows, tokenized by the model's own tokenizer; None if none are needed."""
     if not needs_text(recipe):
         return None
+    longest = arch.text_config.max_position_embeddings
+    if recipe.calibration.seqlen > longest:
+        raise RecipeError(
+            f"calibration.seqlen is {recipe.calibration.seqlen}, but the model knows only "
+            f"{longest} positions (max_position_embeddings)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

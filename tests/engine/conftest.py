@@ -1,0 +1,100 @@
+"""The bundled model, its INT4 form, and the programs that load them in other people's code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from nybble.data.rows import build_rows
+from nybble.demo import RECIPE, bundled_model
+from nybble.pipeline.quantize import quantize
+from nybble.recipe.load import load_recipe
+from nybble.recipe.schema import Calibration
+
+ROOT = Path(__file__).parents[2]
+ENGINE_PYTHON = ROOT / ".engine-venv" / "bin" / "python"
+NEW_TOKENS = 48
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Iterator[Path]:
+    """The bundled trained checkpoint."""
+    with bundled_model() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_int4(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its INT4 form, by a short SignRound run."""
+    out = tmp_path_factory.mktemp("int4") / "tiny-int4"
+    overrides = ["algorithm.iters=40", "calibration.rows=32"]
+    quantize(tiny, out, load_recipe(RECIPE, overrides), "cpu")
+    return out
+
+
+@pytest.fixture(scope="session")
+def heldout_prompts(tiny: Path) -> torch.Tensor:
+    """Starts of held-out rows, int64 [prompts, tokens]."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    text = Calibration(source="stdlib-heldout", rows=32, seqlen=48, layout="pack", seed=3)
+    return build_rows(text, tokenizer).token_ids
+
+
+@pytest.fixture(scope="session")
+def run_vllm(
+    heldout_prompts: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, int], dict[str, Any]]:
+    """(checkpoint, draft tokens) -> vllm_runner's result; each pair is run once."""
+    if not ENGINE_PYTHON.exists():
+        pytest.skip("no vLLM environment: make engine-env builds it")
+    folder = tmp_path_factory.mktemp("vllm")
+    runner = Path(__file__).with_name("vllm_runner.py")
+    results: dict[tuple[Path, int], dict[str, Any]] = {}
+
+    def run(checkpoint: Path, mtp: int) -> dict[str, Any]:
+        if (checkpoint, mtp) not in results:
+            job = {
+                "model": str(checkpoint),
+                "prompts_token_ids": heldout_prompts.tolist(),
+                "max_tokens": NEW_TOKENS,
+                "mtp": mtp,
+                "max_model_len": 256,
+                "ignore_eos": True,
+            }
+            job_file, result_file = folder / "job.json", folder / "result.json"
+            job_file.write_text(json.dumps(job))
+            command = [str(ENGINE_PYTHON), str(runner), str(job_file), str(result_file)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+            assert done.returncode == 0, result_file.read_text() + done.stderr[-2000:]
+            results[checkpoint, mtp] = json.loads(result_file.read_text())
+        return results[checkpoint, mtp]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_auto_round(
+    heldout_prompts: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, str], tuple[dict[str, Any], Path]]:
+    """(checkpoint, auto class) -> what the loader found, and the file with its logits."""
+    folder = tmp_path_factory.mktemp("auto_round")
+    program = Path(__file__).with_name("auto_round_loader.py")
+
+    def run(checkpoint: Path, auto_class: str) -> tuple[dict[str, Any], Path]:
+        ids_file, logits_file = folder / "ids.json", folder / f"{auto_class}.safetensors"
+        ids_file.write_text(json.dumps(heldout_prompts[:2].tolist()))
+        command = [sys.executable, str(program), str(checkpoint), auto_class]
+        command += [str(ids_file), str(logits_file)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1]), logits_file
+
+    return run
