@@ -7,6 +7,7 @@ import hashlib
 import heapq
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from nybble.checkpoint.ondisk import shown
 from nybble.core.errors import CheckpointError
 
 _CANDIDATES = 50
+_CHUNK_BYTES = 16 * 2**20
 
 
 class CheckpointReader:
@@ -83,6 +85,17 @@ class CheckpointReader:
         info, pages = self._locate(name)
         return memoryview(pages)[info.start : info.stop].toreadonly()
 
+    def raw_chunks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of one tensor in pieces of at most 16 MiB.
+
+        Each piece leaves the resident memory before the next one enters, so that a tensor of any
+        size passes through little memory.
+        """
+        data = self.raw(name)
+        for start in range(0, len(data), _CHUNK_BYTES):
+            yield data[start : start + _CHUNK_BYTES]
+            self.release()
+
     def read_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
         """Copies of all tensors whose names start with ``prefix``, keyed by the rest of the name.
 
@@ -93,7 +106,10 @@ class CheckpointReader:
 
     def sha256(self, name: str) -> str:
         """The SHA-256 of one tensor's bytes, in hex."""
-        return hashlib.sha256(self.raw(name)).hexdigest()
+        digest = hashlib.sha256()
+        for chunk in self.raw_chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()
 
     def release(self) -> None:
         """Takes the pages read so far out of this process's resident memory.

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -203,21 +203,17 @@ class ShardWriter:
             raise CheckpointError(f"tensor {shown(name)} is not contiguous; pass .contiguous()")
         # A byte view of the tensor's own memory: no copy for a tensor that is on the CPU.
         flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
-        return self._store(name, flat.numpy().data)
+        data = flat.numpy().data
+        starts = range(0, len(data), _CHUNK_BYTES)
+        return self._store(name, (data[start : start + _CHUNK_BYTES] for start in starts))
 
-    def write_raw(self, name: str, data: memoryview | bytes) -> str:
-        """Writes one tensor's bytes as they are, at its place.
+    def write_raw(self, name: str, chunks: Iterable[memoryview | bytes]) -> str:
+        """Writes one tensor's bytes as they are, at its place; they may come in pieces.
 
         Returns their SHA-256, in hex.
         """
-        spec, _ = self._pending(name)
-        view = memoryview(data)
-        if view.nbytes != spec.nbytes:
-            raise CheckpointError(
-                f"tensor {shown(name)} has {view.nbytes} bytes, planned were {spec.nbytes}"
-            )
-        # cast() refuses empty views.
-        return self._store(name, view.cast("B") if view.nbytes else memoryview(b""))
+        self._pending(name)
+        return self._store(name, chunks)
 
     def finish(self) -> None:
         """Makes the files final: flushed, renamed, and indexed if there is more than one.
@@ -259,17 +255,25 @@ class ShardWriter:
             raise CheckpointError(f"tensor {shown(name)} is written twice")
         return planned
 
-    def _store(self, name: str, data: memoryview) -> str:
-        _, shard = self._planned[name]
+    def _store(self, name: str, chunks: Iterable[memoryview | bytes]) -> str:
+        spec, shard = self._planned[name]
         partial = _partial(self._folder / shard.file_name)
         digest = hashlib.sha256()
-        offset = shard.offsets[name]
+        offset, written = shard.offsets[name], 0
         # Opened for each tensor: a checkpoint may have more shards than a process open files.
         with _output_errors(partial), partial.open("r+b", buffering=0) as file:
-            for begin in range(0, len(data), _CHUNK_BYTES):
-                chunk = data[begin : begin + _CHUNK_BYTES]
-                digest.update(chunk)
-                _write_all(file.fileno(), chunk, offset + begin)
+            for chunk in chunks:
+                data = memoryview(chunk)
+                # A piece too many must not reach the next tensor's place.
+                if written + data.nbytes <= spec.nbytes:
+                    digest.update(data)
+                    # cast() refuses empty views.
+                    _write_all(file.fileno(), data.cast("B") if data else data, offset + written)
+                written += data.nbytes
+        if written != spec.nbytes:
+            raise CheckpointError(
+                f"tensor {shown(name)} has {written} bytes, planned were {spec.nbytes}"
+            )
         self._written.add(name)
         return digest.hexdigest()
 

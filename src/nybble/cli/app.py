@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from nybble.core.errors import NybbleError
+from nybble.core.errors import CheckpointError, NybbleError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,11 +45,12 @@ def quantize(
     """Quantize a base checkpoint, block by block; everything else is kept bit-exact."""
     from nybble.cli import quantize as command
 
+    folder = local_folder(model)
     chosen = command.load_recipe(recipe, overrides or [])
     if dry_run:
-        command.print_estimate(model, chosen, device)
+        command.print_estimate(folder, chosen, device)
     else:
-        command.run(model, out, chosen, device)
+        command.run(folder, out, chosen, device)
 
 
 @app.command()
@@ -64,7 +65,7 @@ def inspect(
     """Show a checkpoint's parts, and the fate each tensor would get."""
     from nybble.cli import inspect as command
 
-    command.run(model, recipe, overrides or [], every_tensor)
+    command.run(local_folder(model), recipe, overrides or [], every_tensor)
 
 
 @app.command()
@@ -86,6 +87,16 @@ def demo(
     from nybble.cli import demo as command
 
     command.run(out)
+
+
+def local_folder(model: Path) -> Path:
+    """``model`` if it exists; raises CheckpointError, with the way on for a hub name."""
+    if model.exists():
+        return model
+    hint = ""
+    if not model.is_absolute() and len(model.parts) == 2:
+        hint = f"; to fetch it from the hub: hf download {model} --local-dir {model.name}"
+    raise CheckpointError(f"there is no folder {model}{hint}")
 
 
 def main() -> None:

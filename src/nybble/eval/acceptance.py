@@ -8,6 +8,7 @@ tokens on, otherwise one. The text is the same either way, so the count needs no
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,8 @@ class AcceptanceResult:
 
     @property
     def rate(self) -> float:
-        """Accepted drafts / drafts; bounds the speed-up at 1 + rate."""
-        return self.accepted / self.drafts
+        """Accepted drafts / drafts (NaN without drafts); bounds the speed-up at 1 + rate."""
+        return self.accepted / self.drafts if self.drafts else math.nan
 
 
 def measure_acceptance(model: LoadedModel, prompts: torch.Tensor, num_new: int) -> AcceptanceResult:

@@ -28,6 +28,9 @@ _AUTOROUND_VERSION = "0.16.1"
 # Read by every engine: regex keys, valid for Hugging Face's, vLLM's fused and SGLang's names.
 KEPT_PATTERNS = (".*in_proj_(a|b|ba)$", ".*mtp.*", ".*visual.*")
 
+# A key without any of these is a name to engines, never a pattern.
+_REGEX_SIGNS = frozenset("*+?^$()[]{}|\\")
+
 
 def packed_specs(module: str, shape: tuple[int, int], grid: IntGrid) -> list[TensorSpec]:
     """Names, types and shapes of a module's stored tensors; shape is [N, K]."""
@@ -59,9 +62,10 @@ def unpack(module: str, tensors: Mapping[str, torch.Tensor], grid: IntGrid) -> Q
     """The inverse of ``pack``; raises CheckpointError if the zero points are not symmetric."""
     offset = -grid.lowest
     zeros = unpack_words(tensors[f"{module}.qzeros"], grid.bits)
-    if not bool((zeros == offset - 1).all()):
+    wrong = zeros[zeros != offset - 1]
+    if len(wrong):
         raise CheckpointError(
-            f"{module}.qzeros holds {int(zeros.flatten()[0])} where symmetric weights of this "
+            f"{module}.qzeros holds {int(wrong[0])} where symmetric weights of this "
             f"format hold {offset - 1}"
         )
     unsigned = unpack_words(tensors[f"{module}.qweight"].T.contiguous(), grid.bits)
@@ -89,33 +93,49 @@ def quantization_config(block_prefix: str, grid: IntGrid) -> dict[str, Any]:
 def declared_grid(config: Mapping[str, Any], module: str) -> IntGrid | None:
     """What the configuration block says a Linear is built as; None: unquantized.
 
-    The rules, in the order in which vLLM's and AutoRound's loaders apply them: exact key, list of
-    blocks, regular expressions, default. Raises CheckpointError for a block we cannot read.
+    The rules, in the order in which vLLM 0.28 and later apply them: a key that is the name or ends
+    it; the list of blocks; keys that are regular expressions; the default. Raises CheckpointError
+    for a block we cannot read.
     """
+    try:
+        return _declared(config, module)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"quantization_config cannot be read: {error!r}") from error
+
+
+def _declared(config: Mapping[str, Any], module: str) -> IntGrid | None:
     if config.get("packing_format") != "auto_round:auto_gptq" or config.get("sym") is not True:
         raise CheckpointError(
             f"quantization_config has packing_format {config.get('packing_format')!r}, sym "
             f"{config.get('sym')!r}: only symmetric 'auto_round:auto_gptq' is read"
         )
-    extra: Mapping[str, Mapping[str, Any]] = config.get("extra_config", {})
-    if module in extra:
-        return _grid_of({**extra[module]}, config)
-    blocks = config.get("block_name_to_quantize")
+    extra: Mapping[str, Mapping[str, Any]] = config.get("extra_config") or {}
+    for named in (module, *(key for key in extra if module.endswith(f".{key}"))):
+        if named in extra:
+            # An exact key without bits means 16 to AutoRound and older vLLM: bits are to be given.
+            return _grid_of(config, extra[named], bits=16)
+    blocks = config.get("block_name_to_quantize") or []
     prefixes = blocks.split(",") if isinstance(blocks, str) else blocks
-    if prefixes and not any(module.startswith(prefix) for prefix in prefixes):
-        return None
-    if module == "lm_head":
-        return None
+    outside = bool(prefixes) and not any(module.startswith(prefix) for prefix in prefixes)
+    bits = 16 if outside or module == "lm_head" else config["bits"]
     for pattern, override in extra.items():
-        if re.search(pattern, module):
-            return _grid_of(override, config)
-    return _grid_of({}, config)
+        if _REGEX_SIGNS.intersection(pattern) and _found(pattern, module):
+            return _grid_of(config, override, bits)
+    return _grid_of(config, {}, bits)
 
 
-def _grid_of(override: Mapping[str, Any], config: Mapping[str, Any]) -> IntGrid | None:
-    # A key without bits means 16 to vLLM, whatever the default is.
-    bits = override.get("bits", 16) if override else config["bits"]
+def _found(pattern: str, module: str) -> bool:
+    try:
+        return re.search(pattern, module) is not None
+    except re.error:  # engines skip such a key
+        return False
+
+
+def _grid_of(config: Mapping[str, Any], override: Mapping[str, Any], bits: int) -> IntGrid | None:
+    bits = override.get("bits", bits)
     if bits >= 16:
         return None
+    if override.get("sym", True) is not True:
+        raise CheckpointError("quantization_config declares asymmetric weights: these are not read")
     group_size = override.get("group_size", config["group_size"])
     return IntGrid(bits=bits, group_size=group_size, signed_scales=True)

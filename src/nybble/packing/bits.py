@@ -19,7 +19,9 @@ def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
         raise ValueError(f"{values.shape[-1]} values do not fill words of {per_word}")
     if values.numel() and (int(values.min()) < 0 or int(values.max()) >= 2**bits):
         raise ValueError(f"a value lies outside [0, {2**bits})")
-    lanes = values.to(torch.int32).reshape(*values.shape[:-1], -1, per_word)
+    lanes = values.to(torch.int32).reshape(
+        *values.shape[:-1], values.shape[-1] // per_word, per_word
+    )
     words = torch.zeros(lanes.shape[:-1], dtype=torch.int32, device=values.device)
     for lane in range(per_word):
         words |= lanes[..., lane] << (bits * lane)

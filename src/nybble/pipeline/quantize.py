@@ -50,6 +50,8 @@ from nybble.quant.grid import IntGrid
 from nybble.recipe.schema import Recipe, Rtn
 
 QUANT_LOG = "quant_log.csv"
+_PIECE = 1 << 22
+"""Elements looked at in one go, so that a large table does not become resident."""
 
 
 @dataclass(frozen=True)
@@ -192,24 +194,24 @@ class _Run:
     def copy_kept(self) -> None:
         """Copies every kept tensor byte for byte; refuses one that is not finite."""
         for name, _ in self.plan.kept():
-            _refuse_non_finite(name, self.reader.view(name))
-            sha256 = self.writer.write_raw(name, self.reader.raw(name))
+            self._refuse_non_finite(name)
+            sha256 = self.writer.write_raw(name, self.reader.raw_chunks(name))
             self.records[name] = TensorRecord("kept", sha256)
-            self.reader.release()
 
     def _calibrated(self, rows: Rows, device: torch.device) -> Calibrated:
         dtype = compute_dtype(device)
         runner = BlockRunner(self.arch, rows.token_ids.shape[1], device, dtype)
+        self._refuse_non_finite(self.arch.embedding)
         table = self.reader.view(self.arch.embedding)
         embedded = table[rows.token_ids].to(dtype)
-        _refuse_non_finite(self.arch.embedding, embedded)
+        self.reader.release()
         return Calibrated(runner, Streams.begin(embedded, device), dtype)
 
     def _load(self, index: int, device: torch.device) -> Block:
         prefix = self.arch.block_prefix(index)
         fates = self.plan.quantized(index)
         for name in fates:
-            _refuse_non_finite(name, self.reader.view(name))
+            self._refuse_non_finite(name)
             self.base_sha256[name] = self.reader.sha256(name)
         weights = {n: t.to(device) for n, t in self.reader.read_prefix(prefix).items()}
         return Block(index, weights, {n.removeprefix(prefix): f for n, f in fates.items()})
@@ -220,13 +222,15 @@ class _Run:
                 self.records[name] = TensorRecord("quantized", self.writer.write(name, tensor))
         self.log.extend(result.log)
 
+    def _refuse_non_finite(self, name: str) -> None:
+        bad = 0
+        for piece in self.reader.view(name).reshape(-1).split(_PIECE):
+            bad += int((~torch.isfinite(piece)).sum())
+            self.reader.release()
+        if bad:
+            raise QuantizationError(
+                f"{name} of the base has {bad} NaN or infinite values: get a sound checkpoint"
+            )
+
     def _tell(self, on_event: OnEvent, index: int, steps: int, step: int, loss: float) -> None:
         on_event(Step(index, self.arch.num_blocks, step + 1, steps, loss))
-
-
-def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise QuantizationError(
-            f"{name} of the base has {bad} NaN or infinite values: get a sound checkpoint"
-        )

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from nybble.core.errors import QuantizationError
 from nybble.quant.grid import (
     IntGrid,
     exact_scale,
@@ -48,9 +49,12 @@ def searched_scale(
 ) -> torch.Tensor:
     """The exact scale [O, G] with the least weighted squared error among shrunk ranges.
 
-    With signed scales both signs of every candidate are tried.
+    With signed scales both signs of every candidate are tried. Raises QuantizationError if the
+    importance is not finite.
     """
     weight = grouped(weight_OI, grid)
+    if importance_I is not None and not bool(torch.isfinite(importance_I).all()):
+        raise QuantizationError("the mean square of an input channel is NaN or infinite")
     importance = None
     if importance_I is not None:
         importance = importance_I.float().view(1, weight.shape[1], weight.shape[2])

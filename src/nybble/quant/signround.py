@@ -1,10 +1,10 @@
 """SignRound: rounding and clipping learned by sign gradient descent (arXiv 2309.05516).
 
 For each weight the code is ``round(w / s + V)``, V in [-0.5, 0.5], and for each group the scale
-follows from extremes shrunk by two factors in [0, 1]. Both are trained together, for all linears
-of one block at once, against the block's full-precision output; each step moves every parameter
-by the learning rate against the sign of its gradient. The parameters with the lowest minibatch
-loss win, as published.
+follows from extremes shrunk by two factors in [0, 1] (or up to a searched start above 1). Both
+are trained together, for all linears of one block at once, against the block's full-precision
+output; each step moves every parameter by the learning rate against the sign of its gradient.
+The parameters with the lowest minibatch loss win, as published.
 
 Knows tensors and one callable, no model. Peak memory beside the callable's own: per quantized
 weight, the original, V (float32), one fake-quantized copy, and the best codes (int8). Gradients
@@ -82,7 +82,9 @@ def signround(
         loss = _mean_squared_error(forward(rounded, inputs), targets)
         value = loss.item()
         if not value < float("inf"):
-            raise QuantizationError(f"block loss is {value} at step {step}: inputs not finite?")
+            raise QuantizationError(
+                f"block loss is {value} at step {step}: are inputs and weights finite?"
+            )
         if step == 0:
             first_loss = value
         if value < best_loss:
@@ -122,7 +124,8 @@ class _Rounding:
         self.negative = torch.where(flipped, positive, negative)
         self.positive = torch.where(flipped, negative, positive)
         factor = scales_OG.abs() / spanned.abs().clamp(min=torch.finfo(torch.float32).tiny)
-        # exact_scale may have moved a min-max scale a little: that is no shrinking.
+        # exact_scale may have moved a min-max scale a little: that is no shrinking. (Searched
+        # ranges differ from the span by 2 % or more.)
         factor = torch.where((factor - 1).abs() < 0.01, torch.ones_like(factor), factor)
         self.ceiling = factor.clamp(min=1.0)
         self.shrink_negative = factor.clone().requires_grad_()

@@ -60,6 +60,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, raw = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r} is not of the form section.key=value")
+    if key.strip() == "algorithm.name":
+        values["algorithm"] = {}  # another algorithm has other settings
     *path, last = key.strip().split(".")
     table = values
     for name in path:
@@ -72,15 +74,20 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def _value(raw: str) -> Any:
     """A TOML value; bare words are strings, so that names need no quotes on a command line."""
     try:
-        return tomllib.loads(f"value = {raw}")["value"]
+        parsed = tomllib.loads(f"value = {raw}")
     except tomllib.TOMLDecodeError:
         return raw
+    return parsed["value"] if len(parsed) == 1 else raw
 
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    # The second part of an algorithm's location is its name, which nobody wrote there.
+    parts = [
+        part for i, part in enumerate(problem["loc"]) if (i, problem["loc"][0]) != (1, "algorithm")
+    ]
+    key = ".".join(str(part) for part in parts)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {problem['input']!r})"
+    return f"{key}: {message} (got {problem['input']!r})" if key else message

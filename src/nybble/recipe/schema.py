@@ -12,7 +12,7 @@ Format = Literal["auto_round"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Scheme(_Frozen):
@@ -74,6 +74,12 @@ class Recipe(_Frozen):
     format: Format = "auto_round"
     max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
     """Largest weight file, in units of 10^9 bytes."""
+
+    @model_validator(mode="after")
+    def _check_format_holds_bits(self) -> Recipe:
+        if self.scheme.bits not in (2, 4, 8):
+            raise ValueError(f"scheme.bits is {self.scheme.bits}: {self.format} stores 2, 4 or 8")
+        return self
 
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON form."""

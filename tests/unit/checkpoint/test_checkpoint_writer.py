@@ -142,7 +142,7 @@ def test_write_returns_the_hash_and_raw_bytes_are_the_same(tmp_path: Path) -> No
         first = {name: writer.write(name, tensor) for name, tensor in tensors.items()}
         writer.finish()
     with open_reader(one) as reader, ShardWriter(two, layout) as writer:
-        second = {name: writer.write_raw(name, reader.raw(name)) for name in tensors}
+        second = {name: writer.write_raw(name, [reader.raw(name)]) for name in tensors}
         writer.finish()
     assert first == second
     assert first == {name: hashlib.sha256(bytes_of(t)).hexdigest() for name, t in tensors.items()}
@@ -188,20 +188,22 @@ def test_tensors_that_are_not_as_planned(tmp_path: Path) -> None:
     layout = plan_shards([TensorSpec("a", F32, (2, 3)), TensorSpec("b", U8, (2,))], 100)
     with ShardWriter(tmp_path, layout) as writer:
         assert "'c' is not in the plan" in refusal(lambda: writer.write("c", torch.ones(1)))
-        assert "'c' is not in the plan" in refusal(lambda: writer.write_raw("c", b""))
+        assert "'c' is not in the plan" in refusal(lambda: writer.write_raw("c", [b""]))
         message = refusal(lambda: writer.write("a", torch.ones(2, 3).half()))
         assert "is torch.float16 (2, 3), planned was torch.float32 (2, 3)" in message
         assert "is torch.float32 (3, 2)" in refusal(lambda: writer.write("a", torch.ones(3, 2)))
         assert "not contiguous" in refusal(lambda: writer.write("a", torch.ones(3, 2).T))
-        assert "has 23 bytes, planned were 24" in refusal(lambda: writer.write_raw("a", bytes(23)))
+        assert "has 23 bytes, planned were 24" in refusal(
+            lambda: writer.write_raw("a", [bytes(23)])
+        )
         writer.write("a", torch.ones(2, 3))
         assert "'a' is written twice" in refusal(lambda: writer.write("a", torch.ones(2, 3)))
-        assert "'a' is written twice" in refusal(lambda: writer.write_raw("a", bytes(24)))
+        assert "'a' is written twice" in refusal(lambda: writer.write_raw("a", [bytes(24)]))
 
 
 def test_raw_bytes_of_any_item_size(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, plan_shards([TensorSpec("a", F32, (2,))], 100)) as writer:
-        writer.write_raw("a", memoryview(b"abcdefgh").cast("I"))
+        writer.write_raw("a", [memoryview(b"abcdefgh").cast("I")])
         writer.finish()
     assert (tmp_path / "model.safetensors").read_bytes().endswith(b"abcdefgh")
 
@@ -211,7 +213,7 @@ def test_finish_names_what_is_missing(tmp_path: Path) -> None:
 
     def run() -> None:
         with ShardWriter(tmp_path, layout) as writer:
-            writer.write_raw("b", b"1")
+            writer.write_raw("b", [b"1"])
             writer.finish()
 
     message = "4 of 5 planned tensors were not written: 'a', 'c', 'd'"
@@ -227,8 +229,8 @@ def test_files_are_partial_until_finish(tmp_path: Path) -> None:
         assert [(tmp_path / name).stat().st_size for name in partials] == [
             shard.size for shard in layout.shards
         ]
-        writer.write_raw("b", b"2")
-        writer.write_raw("a", b"1")
+        writer.write_raw("b", [b"2"])
+        writer.write_raw("a", [b"1"])
         assert names(tmp_path) == partials
         writer.finish()
         finished = names(tmp_path)
@@ -303,7 +305,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 def test_a_partial_file_that_vanished(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, plan_shards([TensorSpec("a", U8, (1,))], 1)) as writer:
-        writer.write_raw("a", b"1")
+        writer.write_raw("a", [b"1"])
         (tmp_path / "model.safetensors.partial").unlink()
         with pytest.raises(OutputError, match=r"^cannot write [^\n]*partial: No such[^\n]*\Z"):
             writer.finish()
