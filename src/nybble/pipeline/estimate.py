@@ -19,6 +19,10 @@ from nybble.pipeline.quantize import needs_text, output_specs, planned
 from nybble.pipeline.streams import Streams
 from nybble.recipe.schema import Recipe, SignRound
 
+_PROBE_TOKENS = 256
+_AFFORDABLE_SECONDS = 5.0
+"""A trial of a whole batch is made where a step of it is expected to take less."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -109,27 +113,40 @@ def _block_seconds(
     block = Block(index, weights, fates)
     if not needs_text(recipe):
         return _seconds(lambda: quantize_block_data_free(block, recipe))
-    seqlen, rows = recipe.calibration.seqlen, recipe.calibration.rows
-    dtype = compute_dtype(device)
-    runner = BlockRunner(arch, seqlen, device, dtype)
-    algorithm = recipe.algorithm
-    batch = min(algorithm.batch_size, rows) if isinstance(algorithm, SignRound) else min(8, rows)
+    algorithm, text = recipe.algorithm, recipe.calibration
+    batch = min(algorithm.batch_size if isinstance(algorithm, SignRound) else 8, text.rows)
+    probe = min(text.seqlen, _PROBE_TOKENS)
+    step, rest = _trial(arch, block, recipe, device, (1, probe))
+    scale = batch * text.seqlen / probe
+    if (step + rest) * scale < _AFFORDABLE_SECONDS:
+        step, rest = _trial(arch, block, recipe, device, (batch, text.seqlen))
+        scale = 1.0
+    steps = algorithm.iters if isinstance(algorithm, SignRound) else 0
+    return scale * (step * steps + rest * text.rows / batch)
 
-    def trial(iters: int) -> float:
-        hidden = torch.randn(batch, seqlen, arch.text_config.hidden_size, dtype=dtype)
+
+def _trial(
+    arch: Architecture, block: Block, recipe: Recipe, device: torch.device, shape: tuple[int, int]
+) -> tuple[float, float]:
+    """Seconds of one training step, and of all passes without training, on random rows."""
+    dtype = compute_dtype(device)
+    runner = BlockRunner(arch, shape[1], device, dtype)
+
+    def run(iters: int) -> float:
+        hidden = torch.randn(*shape, arch.text_config.hidden_size, dtype=dtype)
         calibrated = Calibrated(runner, Streams.begin(hidden, device), dtype)
         shorter = recipe
-        if isinstance(algorithm, SignRound):
-            changed = algorithm.model_copy(update={"iters": iters})
+        if isinstance(recipe.algorithm, SignRound):
+            changed = recipe.algorithm.model_copy(update={"iters": iters})
             shorter = recipe.model_copy(update={"algorithm": changed})
         return _seconds(lambda: quantize_block(block, shorter, calibrated, lambda *_: None))
 
-    trial(1)  # warms up caches and kernels
-    once = trial(1)
-    if not isinstance(algorithm, SignRound):
-        return once * rows / batch
-    step = max(trial(3) - once, 0.0) / 2
-    return step * algorithm.iters + max(once - step, 0.0) * rows / batch
+    run(1)  # warms up caches and kernels
+    once = run(1)
+    if not isinstance(recipe.algorithm, SignRound):
+        return 0.0, once
+    step = max(run(3) - once, 0.0) / 2
+    return step, max(once - step, 0.0)
 
 
 def _seconds(work: Callable[[], object]) -> float:
