@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nybble.data.rows import build_rows
@@ -29,19 +30,7 @@ RECIPE = "tiny-demo"
 HELDOUT = Calibration(source="stdlib-heldout", rows=32, seqlen=256, layout="pack", seed=1)
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
-PROMPTS = (
-    "def main():\n",
-    "import os\n",
-    "class Queue:\n    def __init__(self",
-    "    if not isinstance(",
-    "    try:\n        ",
-    "    for name in ",
-    "    raise ValueError(",
-    "    def __repr__(self):\n        return ",
-    "    with open(",
-    "<|im_start|>user\nWhat does random.shuffle do?<|im_end|>\n<|im_start|>assistant\n<think>\n\n"
-    "</think>\n\n",
-)
+NUM_SAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -58,7 +47,7 @@ class DemoResult:
     base_acceptance: AcceptanceResult
     result_acceptance: AcceptanceResult
     samples: tuple[tuple[str, str], ...]
-    """Prompt, and its continuation by the quantized model."""
+    """The last line of a held-out prompt, and its completion by the quantized model."""
 
 
 @contextmanager
@@ -90,19 +79,20 @@ def run_demo(out: Path, on_event: OnEvent) -> DemoResult:
         kld=measure_kld(base, result, windows),
         base_acceptance=measure_acceptance(base, prompts, NEW_TOKENS),
         result_acceptance=measure_acceptance(result, prompts, NEW_TOKENS),
-        samples=tuple((prompt, continued(result, tokenizer, prompt)) for prompt in PROMPTS),
+        samples=tuple(sample(result, tokenizer, row) for row in prompts[:NUM_SAMPLES]),
     )
 
 
-def continued(model: LoadedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Up to 24 greedy tokens after a prompt."""
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    vocab = tokenizer.get_vocab()
-    stops = frozenset({vocab["<|im_end|>"], vocab["<|endoftext|>"]})
-    tokens = generate_greedy(model, ids, num_new=24, stop_ids=stops)
-    text = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+def sample(
+    model: LoadedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor
+) -> tuple[str, str]:
+    """The last line of a prompt, int64 [T], and its greedy completion up to the line's end."""
+    tokens = generate_greedy(model, prompt[None], num_new=32)[0]
+    start, whole = tokenizer.decode(prompt), tokenizer.decode(tokens)
+    assert isinstance(start, str)
+    assert isinstance(whole, str)
+    completion = whole.removeprefix(start)
+    return start.splitlines()[-1], completion[:1] + completion[1:].partition("\n")[0]
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -38,6 +38,11 @@ def acceptance(result: dict[str, Any], position: int = 0) -> float:
     return rate
 
 
+def equal_rows(one: dict[str, Any], other: dict[str, Any]) -> int:
+    pairs = zip(one["outputs"], other["outputs"], strict=True)
+    return sum(mine == theirs for mine, theirs in pairs)
+
+
 def test_trunk_runs_on_an_int4_kernel_and_the_head_is_dense(
     tiny_int4: Path, run_vllm: RunVllm
 ) -> None:
@@ -69,25 +74,28 @@ def test_our_acceptance_is_vllms(
     assert abs(ours.drafts - theirs["drafts"]) < 0.05 * theirs["drafts"]
 
 
-@pytest.mark.parametrize("mtp", [1, 2])
-def test_greedy_text_is_the_same_with_mtp(
-    tiny_int4: Path, heldout_prompts: torch.Tensor, run_vllm: RunVllm, mtp: int
+def test_the_number_of_drafts_does_not_change_the_text(tiny_int4: Path, run_vllm: RunVllm) -> None:
+    one, two = run_vllm(tiny_int4, 1), run_vllm(tiny_int4, 2)
+    assert equal_rows(one, two) >= 0.95 * len(one["outputs"])
+
+
+def test_text_without_mtp_parts_only_at_near_ties(
+    tiny_int4: Path, heldout_prompts: torch.Tensor, run_vllm: RunVllm
 ) -> None:
-    # Not all need be equal: with drafts, a step computes several positions in one product, whose
-    # bfloat16 sums are rounded in another order. Where two tokens are almost equally likely the
-    # other one may win, and the texts part for good; so every parting must be at such a place.
-    plain, drafted = run_vllm(tiny_int4, 0), run_vllm(tiny_int4, mtp)
+    # vLLM runs Gated DeltaNet by other CPU kernels once speculation is on (the convolution is
+    # rounded to bfloat16 elsewhere), with any checkpoint: the BF16 base parts as well. Where two
+    # tokens are almost equally likely the other one may win, and the texts part for good; so
+    # every parting must be at such a place.
+    plain, drafted = run_vllm(tiny_int4, 0), run_vllm(tiny_int4, 1)
     model = load_model(tiny_int4)
-    equal = 0
     for row, prompt in enumerate(heldout_prompts.tolist()):
         one, other = plain["outputs"][row], drafted["outputs"][row]
-        equal += one[:24] == other[:24]
         if one == other:
             continue
         parting = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
         logits = model.logits(model.hidden(torch.tensor([prompt + one[:parting]])))[0, -1]
         assert abs(logits[one[parting]] - logits[other[parting]]) < 0.25
-    assert equal >= 0.95 * len(heldout_prompts)
+    assert equal_rows(plain, drafted) >= 0.8 * len(plain["outputs"])
 
 
 def test_second_draft_token_is_accepted_too(tiny_int4: Path, run_vllm: RunVllm) -> None:

@@ -108,7 +108,9 @@ def _fate(arch: Architecture, info: TensorInfo, grid: IntGrid) -> Fate:
         fates.append(quantized)
     if len(fates) != 1:
         found = "no rule knows it" if not fates else f"{len(fates)} rules claim it"
-        raise PlanError(f"{info.name} in {info.file.name} has no single fate: {found}")
+        raise PlanError(
+            f"{' '.join(info.name.split())} in {info.file.name} has no single fate: {found}"
+        )
     return fates[0]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -47,10 +49,11 @@ def quantize(
 
     folder = local_folder(model)
     chosen = command.load_recipe(recipe, overrides or [])
-    if dry_run:
-        command.print_estimate(folder, chosen, device)
-    else:
-        command.run(folder, out, chosen, device)
+    with _interruptible():
+        if dry_run:
+            command.print_estimate(folder, chosen, device)
+        else:
+            command.run(folder, out, chosen, device)
 
 
 @app.command()
@@ -86,7 +89,18 @@ def demo(
     """Quantize the bundled tiny model and measure the result: the whole story on a CPU."""
     from nybble.cli import demo as command
 
-    command.run(out)
+    with _interruptible():
+        command.run(out)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is one line: results are staged, so there is nothing to clean up."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("nybble: interrupted; nothing was written\n")
+        raise typer.Exit(130) from None
 
 
 def local_folder(model: Path) -> Path:
@@ -109,6 +123,3 @@ def main() -> None:
     except NybbleError as error:
         sys.stderr.write(f"nybble: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("nybble: interrupted; nothing was written\n")
-        sys.exit(130)

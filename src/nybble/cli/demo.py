@@ -19,10 +19,9 @@ def run(out: Path) -> None:
         result = run_demo(out, on_event)
     _print_cost(result)
     _print_measures(result)
-    console.print("\nTen continuations by the INT4 model (greedy):")
-    for prompt, text in result.samples:
-        shown = prompt.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
-        console.print(f"  {shown!r} -> {text!r}", soft_wrap=True, markup=False)
+    console.print("\nLines of held-out code, begun | completed by the INT4 model (greedy):")
+    for start, completion in result.samples:
+        console.print(f"  {start}|{completion}", soft_wrap=True)
     console.print(f"\nThe checkpoint is in {out}, its manifest in {out / 'nybble.json'}.")
 
 

@@ -29,12 +29,13 @@ def run(model: Path, out: Path, recipe: Recipe, device: str) -> None:
     with progress_display() as on_event:
         result = quantize(model, out, recipe, device, on_event)
     if result.already_finished:
-        console.print(f"{out} already holds this result; nothing to do")
+        console.print(f"{out} already holds this result; nothing to do", soft_wrap=True)
         return
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     console.print(
         f"{out}: {human_bytes(size)}, in {human_seconds(time.monotonic() - began)}, "
-        f"peak memory {human_bytes(peak_rss_bytes())}"
+        f"peak memory {human_bytes(peak_rss_bytes())}",
+        soft_wrap=True,
     )
 
 

@@ -12,7 +12,7 @@ from nybble.arch.spec import Architecture
 from nybble.checkpoint.headers import TensorInfo
 from nybble.packing.auto_round import packed_specs
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
 def human_bytes(count: float) -> str:

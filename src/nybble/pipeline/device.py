@@ -13,6 +13,8 @@ def resolve_device(name: str) -> torch.device:
     flush_denormals()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name!r} is not cpu, cuda, cuda:N or auto")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nybble.checkpoint.index import open_index
 from nybble.core.atomic import fsync_path
 from nybble.core.errors import OutputError
 
@@ -17,14 +18,20 @@ MANIFEST = "nybble.json"
 def is_finished(out: Path, job: str) -> bool:
     """Whether ``out`` already holds the complete result of this very job.
 
-    Raises OutputError if it holds anything else: nothing is ever overwritten.
+    Raises OutputError if it holds anything else, CheckpointError if its weights are gone: nothing
+    is ever overwritten.
     """
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise OutputError(f"{out} is a file: give another output folder")
-    if not any(out.iterdir()):
-        return False
+    try:
+        if not out.exists():
+            return False
+        if not out.is_dir():
+            raise OutputError(f"{out} is a file: give another output folder")
+        if not any(out.iterdir()):
+            return False
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot use {out}: {error.strerror}") from error
     try:
         found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["job"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -36,6 +43,7 @@ def is_finished(out: Path, job: str) -> bool:
             f"{out} holds the result of another recipe, base or calibration text: give another "
             "output folder, or remove it"
         )
+    open_index(out)  # raises if its weights are gone
     return True
 
 
@@ -45,6 +53,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
 
     Raises OutputError if it cannot be created or moved.
     """
+    out = out.resolve()
     staging = out.with_name(out.name + ".partial")
     try:
         if staging.exists():

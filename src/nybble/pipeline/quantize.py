@@ -74,7 +74,7 @@ def quantize(
     with CheckpointReader(model) as reader:
         arch, plan = planned(reader, recipe)
         rows = calibration_rows(recipe, model, arch)
-        job = job_fingerprint(recipe, reader.index, reader.config, rows)
+        job = job_fingerprint(recipe, reader, rows)
         if is_finished(out, job):
             return QuantizeResult(out, already_finished=True)
         layout = plan_shards(output_specs(plan), int(recipe.max_shard_gb * 1e9))
@@ -135,13 +135,7 @@ def calibration_rows(recipe: Recipe, model: Path, arch: Architecture) -> Rows | 
             f"calibration.seqlen is {recipe.calibration.seqlen}, but the model knows only "
             f"{longest} positions (max_position_embeddings)"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model} has no usable tokenizer: {reason}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    rows = build_rows(recipe.calibration, tokenizer)
+    rows = build_rows(recipe.calibration, load_tokenizer(model))
     vocab = arch.text_config.vocab_size
     if int(rows.token_ids.max()) >= vocab:
         raise CheckpointError(
@@ -149,6 +143,20 @@ def calibration_rows(recipe: Recipe, model: Path, arch: Architecture) -> Rows | 
             f"vocabulary has {vocab} entries: tokenizer and model do not belong together"
         )
     return rows
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint folder; raises CheckpointError if there is no usable one."""
+    # Without these, transformers makes up an empty tokenizer from config.json.
+    if not any((model / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(f"{model} has no usable tokenizer: there is no tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except Exception as error:  # foreign files: transformers raises anything
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{model} has no usable tokenizer: {reason}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
 def output_specs(plan: TensorPlan) -> list[TensorSpec]:
@@ -210,9 +218,9 @@ class _Run:
     def _load(self, index: int, device: torch.device) -> Block:
         prefix = self.arch.block_prefix(index)
         fates = self.plan.quantized(index)
-        for name in fates:
-            self._refuse_non_finite(name)
-            self.base_sha256[name] = self.reader.sha256(name)
+        for info in self.reader.index.with_prefix(prefix):
+            self._refuse_non_finite(info.name)
+        self.base_sha256.update({name: self.reader.sha256(name) for name in fates})
         weights = {n: t.to(device) for n, t in self.reader.read_prefix(prefix).items()}
         return Block(index, weights, {n.removeprefix(prefix): f for n, f in fates.items()})
 
@@ -233,4 +241,5 @@ class _Run:
             )
 
     def _tell(self, on_event: OnEvent, index: int, steps: int, step: int, loss: float) -> None:
-        on_event(Step(index, self.arch.num_blocks, step + 1, steps, loss))
+        if step + 1 < steps:  # the last one is told when the whole block is done
+            on_event(Step(index, self.arch.num_blocks, step + 1, steps, loss))

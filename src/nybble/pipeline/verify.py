@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nybble.arch.plan import TensorPlan
 from nybble.arch.registry import architecture_of
@@ -18,6 +20,10 @@ def verify_result(folder: Path, base: CheckpointReader, plan: TensorPlan) -> Non
     every kept tensor must equal the base's, byte for byte. Raises CheckpointError.
     """
     with CheckpointReader(folder) as result:
+        added = {"quantization_config": result.config.get("quantization_config")}
+        key = first_difference(result.config, {**base.config, **added})
+        if key:
+            raise CheckpointError(f"config.json of the result differs from the base's in {key}")
         grids = stored_grids(architecture_of(result.config), result.index, result.config)
         packed = {name for name, grid in grids.items() if grid is not None}
         planned = {name for name, _ in plan.all_quantized()}
@@ -27,6 +33,17 @@ def verify_result(folder: Path, base: CheckpointReader, plan: TensorPlan) -> Non
         for name, _ in plan.kept():
             if name not in result.index or bytes_differ(result, base, name):
                 raise CheckpointError(f"{name} in the result is not the base's, byte for byte")
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Dotted name of the first key whose values differ, or that only one has; else empty."""
+    for key in {**one, **other}:
+        mine, theirs = one.get(key), other.get(key)
+        if mine != theirs or (key in one) != (key in other):
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                return f"{key}.{first_difference(mine, theirs)}"
+            return key
+    return ""
 
 
 def bytes_differ(one: CheckpointReader, other: CheckpointReader, name: str) -> bool:

@@ -62,7 +62,7 @@ class Calibration(_Frozen):
     layout: Literal["truncate", "pack"] = "truncate"
     """truncate: a row is the start of a document of at least seqlen tokens; pack: documents are
     joined end to end and cut into rows."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
 
 class Recipe(_Frozen):

@@ -134,7 +134,7 @@ def test_the_seed_decides_the_rows(tmp_path: Path, tokenizer: PreTrainedTokenize
     built = {
         (layout, seed): build_rows(_calibration(source, layout=layout, seed=seed), tokenizer)
         for layout in ("truncate", "pack")
-        for seed in (1, -1, 2)
+        for seed in (1, 0, 2)
     }
     assert len({rows.digest for rows in built.values()}) == 6
     for (layout, seed), rows in built.items():

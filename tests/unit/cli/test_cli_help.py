@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from support.commands import Outcome, run_python
+from typer.testing import CliRunner
+
+from nybble.cli.app import app
+
+Nybble = Callable[..., Outcome]
+COMMANDS = ["quantize", "inspect", "recipes", "demo"]
+
+HELP_OF_ALL = """
+import sys
+from nybble.cli.app import main
+for command in ([], ["quantize"], ["inspect"], ["recipes"], ["demo"]):
+    sys.argv = ["nybble", *command, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+for heavy in ("torch", "transformers", "numpy", "safetensors", "huggingface_hub"):
+    assert heavy not in sys.modules, heavy
+"""
+
+
+def test_help_imports_nothing_heavy_and_is_quick() -> None:
+    began = time.monotonic()
+    outcome = run_python(["-c", HELP_OF_ALL])
+    assert outcome.code == 0, outcome.err
+    assert outcome.err == ""
+    assert outcome.out.count("Usage: ") == 5
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert command in result.output
+    listed = CliRunner().invoke(app, ["--help"])
+    assert command in listed.output
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["quantize"], ["quantize", "m", "--nonsense"], ["inspect"]]
+)
+def test_a_wrong_call_points_to_the_help(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "--help" in result.output
+
+
+def test_recipes_are_listed_one_a_line(nybble: Nybble) -> None:
+    outcome = nybble("recipes")
+    lines = outcome.out.splitlines()
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [line.split()[0] for line in lines] == ["tiny-demo", "w4a16-autoround", "w4a16-rtn"]
+    assert "200 iterations" in lines[1]
+    assert "tokens" not in lines[2]
