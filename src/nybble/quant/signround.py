@@ -96,6 +96,8 @@ def signround(
         del rounded
         loss.backward()  # the hooks of _Rounding take the steps
         on_step(step, value)
+    for rounding in roundings.values():
+        rounding.release()
     return SignRoundResult(best, first_loss, best_loss, best_iter)
 
 
@@ -131,9 +133,14 @@ class _Rounding:
         self.shrink_negative = factor.clone().requires_grad_()
         self.shrink_positive = factor.clone().requires_grad_()
         self.lr = self.minmax_lr = 0.0
-        self.offset.register_post_accumulate_grad_hook(self._step_offset)
+        self._hooks = [self.offset.register_post_accumulate_grad_hook(self._step_offset)]
         for shrink in (self.shrink_negative, self.shrink_positive):
-            shrink.register_post_accumulate_grad_hook(self._step_shrink)
+            self._hooks.append(shrink.register_post_accumulate_grad_hook(self._step_shrink))
+
+    def release(self) -> None:
+        """Takes the hooks off: they refer back to this object, and so would keep it in memory."""
+        for hook in self._hooks:
+            hook.remove()
 
     def set_steps(self, lr: float, minmax_lr: float) -> None:
         self.lr, self.minmax_lr = lr, minmax_lr

@@ -97,7 +97,7 @@ def test_a_result_that_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> 
         (staging / "weights").write_text("w")
         finished(out, "of another process")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in out.iterdir()] == ["model.safetensors", "nybble.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "nybble.json"]
 
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 
 from nybble.core.errors import QuantizationError
-from nybble.quant.grid import IntGrid, QuantizedWeight
+from nybble.quant.grid import IntGrid, QuantizedWeight, minmax_scale
 from nybble.quant.rtn import rtn
 from nybble.quant.scale_search import ScaleMethod, initial_scales
 from nybble.quant.signround import (
@@ -239,3 +241,24 @@ def test_parameters_stay_in_their_bounds() -> None:
         assert float(rounding.offset.detach().abs().max()) == 0.5
         for shrink in (rounding.shrink_negative.detach(), rounding.shrink_positive.detach()):
             assert 0.0 <= float(shrink.min()) <= float(shrink.max()) <= 1.0
+
+
+def test_nothing_of_a_block_stays_in_memory_without_the_garbage_collector() -> None:
+    weight = torch.randn(32, 64)
+    watched = weakref.ref(weight)
+    grid = IntGrid(4, 32, True)
+    inputs = torch.randn(2, 3, 64)
+    gc.disable()
+    try:
+        signround(
+            weights={"w": weight},
+            initial_scales={"w": minmax_scale(weight, grid)},
+            grids={"w": grid},
+            forward=lambda weights, rows: rows @ weights["w"].T,
+            batches=lambda _step: (inputs, torch.zeros(2, 3, 32)),
+            settings=SignRoundSettings(2, 0.1, 0.1),
+        )
+        del weight
+        assert watched() is None
+    finally:
+        gc.enable()
