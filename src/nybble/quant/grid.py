@@ -7,6 +7,7 @@ per group. A code q is an integer in [-2^(b-1), 2^(b-1) - 1]; the weight it stan
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ MIN_SCALE = 2.0**-14
 """Smallest normal FP16 number; below it a BF16 scale is no longer exact in FP16."""
 MAX_SCALE = 2.0**15
 """Largest power of two that FP16 holds."""
+_CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ def grouped(weight_OI: torch.Tensor, grid: IntGrid) -> torch.Tensor:
     return weight_OI.float().reshape(outs, grid.num_groups(ins), -1)
 
 
+def row_chunks(weight_OI: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows small enough that float32 copies of one do not matter beside the weight."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, weight_OI.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(weight_OI), step))
+
+
 def exact_scale(scale: torch.Tensor) -> torch.Tensor:
     """Rounds scales to float32 values that BF16 and FP16 both hold exactly.
 
@@ -101,8 +109,11 @@ def scale_from_extremes(
 
 def minmax_scale(weight_OI: torch.Tensor, grid: IntGrid) -> torch.Tensor:
     """The exact scale [O, G] under which no weight of a group is clipped (but for rounding)."""
-    negative, positive = extremes(grouped(weight_OI, grid))
-    return exact_scale(scale_from_extremes(negative, positive, grid))
+    scales = []
+    for rows in row_chunks(weight_OI):
+        negative, positive = extremes(grouped(weight_OI[rows], grid))
+        scales.append(exact_scale(scale_from_extremes(negative, positive, grid)))
+    return torch.cat(scales)
 
 
 def round_to_grid(
@@ -112,9 +123,11 @@ def round_to_grid(
 
     Raises QuantizationError if a weight is not finite.
     """
-    codes = torch.round(grouped(weight_OI, grid) / scales_OG.unsqueeze(-1))
-    if not bool(torch.isfinite(codes).all()):
-        bad = int((~torch.isfinite(weight_OI)).sum())
-        raise QuantizationError(f"{bad} of {weight_OI.numel()} weights are NaN or infinite")
-    codes = codes.clamp_(grid.lowest, grid.highest).to(torch.int8).flatten(1)
-    return QuantizedWeight(codes, scales_OG, grid)
+    codes_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
+    for rows in row_chunks(weight_OI):
+        codes = torch.round(grouped(weight_OI[rows], grid) / scales_OG[rows].unsqueeze(-1))
+        if not bool(torch.isfinite(codes).all()):
+            bad = int((~torch.isfinite(weight_OI)).sum())
+            raise QuantizationError(f"{bad} of {weight_OI.numel()} weights are NaN or infinite")
+        codes_OI[rows] = codes.clamp_(grid.lowest, grid.highest).to(torch.int8).flatten(1)
+    return QuantizedWeight(codes_OI, scales_OG, grid)

@@ -13,6 +13,7 @@ from nybble.quant.grid import (
     extremes,
     grouped,
     minmax_scale,
+    row_chunks,
     scale_from_extremes,
 )
 
@@ -52,9 +53,16 @@ def searched_scale(
     With signed scales both signs of every candidate are tried. Raises QuantizationError if the
     importance is not finite.
     """
-    weight = grouped(weight_OI, grid)
     if importance_I is not None and not bool(torch.isfinite(importance_I).all()):
         raise QuantizationError("the mean square of an input channel is NaN or infinite")
+    chunks = row_chunks(weight_OI)
+    return torch.cat([_searched(weight_OI[rows], grid, importance_I) for rows in chunks])
+
+
+def _searched(
+    weight_OI: torch.Tensor, grid: IntGrid, importance_I: torch.Tensor | None
+) -> torch.Tensor:
+    weight = grouped(weight_OI, grid)
     importance = None
     if importance_I is not None:
         importance = importance_I.float().view(1, weight.shape[1], weight.shape[2])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,8 +29,8 @@ from nybble.quant.grid import (
     scale_from_extremes,
 )
 
-Forward = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
-"""(weights by name, inputs [B, T, D]) -> outputs [B, T, D]; differentiable in the weights."""
+Inputs = TypeVar("Inputs")
+"""Whatever the caller's ``batches`` yield and its ``forward`` takes."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def signround(
     weights: Mapping[str, torch.Tensor],
     initial_scales: Mapping[str, torch.Tensor],
     grids: Mapping[str, IntGrid],
-    forward: Forward,
-    batches: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    forward: Callable[[Mapping[str, torch.Tensor], Inputs], torch.Tensor],
+    batches: Callable[[int], tuple[Inputs, torch.Tensor]],
     settings: SignRoundSettings,
     compute_dtype: torch.dtype = torch.float32,
     on_step: Callable[[int, float], None] = lambda _step, _loss: None,
@@ -65,9 +65,9 @@ def signround(
     """Quantizes the weights of one block.
 
     weights: [O, I] by name, in the dtype and on the device of the base. initial_scales: exact
-    scales [O, G] to start from. batches: step -> (inputs, targets), each [B, T, D]; targets are
-    the full-precision block's outputs. forward gets weights in compute_dtype. on_step is told every
-    step's loss.
+    scales [O, G] to start from. batches: step -> (inputs, targets); targets are the full-precision
+    block's outputs. forward: (weights [O, I] in compute_dtype, inputs) -> outputs of the targets'
+    shape, differentiable in the weights. on_step is told every step's loss.
     Raises QuantizationError if the loss is not finite.
     """
     roundings = {

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from nybble.quant.grid import IntGrid, QuantizedWeight
-from nybble.quant.metrics import relative_output_error, sqnr_db
+from nybble.quant.metrics import (
+    MEASURED_ROWS,
+    correlated_output_error,
+    relative_output_error,
+    sqnr_db,
+)
 from nybble.quant.rtn import rtn
 
 
@@ -29,12 +34,14 @@ def test_a_weight_on_the_grid_has_no_noise() -> None:
     weight = torch.tensor([[0.5, -1.0]])
     assert sqnr_db(weight, quantized([[1, -2]], 0.5)) == math.inf
     assert relative_output_error(weight, quantized([[1, -2]], 0.5), torch.ones(2)) == 0
+    assert correlated_output_error(weight, quantized([[1, -2]], 0.5), torch.ones(2, 2)) == 0
 
 
 def test_a_weight_of_zeros() -> None:
     weight = torch.zeros(2, 2)
     assert sqnr_db(weight, quantized([[0, 0], [0, 0]])) == math.inf
     assert relative_output_error(weight, quantized([[0, 0], [0, 0]]), torch.ones(2)) == 0
+    assert correlated_output_error(weight, quantized([[0, 0], [0, 0]]), torch.ones(2, 2)) == 0
 
 
 def test_output_error_counts_channels_by_their_power() -> None:
@@ -61,6 +68,50 @@ def test_output_error_is_that_of_real_outputs_when_channels_are_uncorrelated() -
     found = relative_output_error(weight, result, inputs.square().mean(dim=0))
     assert found == pytest.approx(expected, rel=1e-4)
     assert 0.001 < found < 0.5
+
+
+def test_output_error_is_that_of_real_outputs_of_correlated_channels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 16, generator=generator)
+    result = rtn(weight, IntGrid(3, 8, True))
+    inputs = torch.randn(50, 2, generator=generator) @ torch.randn(2, 16, generator=generator)
+    errors = inputs @ (weight - result.dequantize()).T
+    expected = float(errors.square().sum() / (inputs @ weight.T).square().sum())
+    moment = inputs.T @ inputs / 50
+    assert correlated_output_error(weight, result, moment) == pytest.approx(expected, rel=1e-4)
+    uncorrelated = relative_output_error(weight, result, moment.diagonal())
+    assert uncorrelated != pytest.approx(expected, rel=0.05)
+    alone = correlated_output_error(weight, result, torch.diag(moment.diagonal()))
+    assert alone == pytest.approx(uncorrelated, rel=1e-4)
+
+
+@pytest.mark.parametrize("outs", [MEASURED_ROWS, MEASURED_ROWS + 1, 3 * MEASURED_ROWS])
+def test_output_error_of_many_outputs_is_that_of_rows_spread_over_all(outs: int) -> None:
+    # An error in one row only, of which MEASURED_ROWS are looked at.
+    moment = torch.ones(2, 2)
+    seen = []
+    for row in range(outs):
+        codes = torch.full((outs, 2), 4, dtype=torch.int8)
+        codes[row, 0] = 5
+        result = QuantizedWeight(codes, torch.ones(outs, 1), IntGrid(4, -1, True))
+        found = correlated_output_error(torch.full((outs, 2), 4.0), result, moment)
+        assert found in (0.0, pytest.approx(1 / 64 / MEASURED_ROWS))
+        if found:
+            seen.append(row)
+    assert len(seen) == MEASURED_ROWS
+    gaps = {after - before for before, after in itertools.pairwise([*seen, outs])}
+    assert gaps <= {outs // MEASURED_ROWS, -(-outs // MEASURED_ROWS)}
+
+
+def test_some_rows_tell_the_error_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4096, 32, generator=generator)
+    result = rtn(weight, IntGrid(4, 16, True))
+    inputs = torch.randn(50, 32, generator=generator)
+    errors = inputs @ (weight - result.dequantize()).T
+    expected = float(errors.square().sum() / (inputs @ weight.T).square().sum())
+    found = correlated_output_error(weight, result, inputs.T @ inputs / 50)
+    assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_one_bit_more_is_worth_about_six_decibels() -> None:
