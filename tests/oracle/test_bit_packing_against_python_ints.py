@@ -20,20 +20,21 @@ def twin_words(values: list[int], bits: int) -> list[int]:
     return words
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("seed", range(5))
 def test_words(bits: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(0, 2**bits, (5, 3 * 32 // bits), generator=generator)
+    values = torch.randint(0, 2**bits, (5, 3 * 32), generator=generator)
     words = pack_words(values, bits)
     assert words.dtype == torch.int32
     assert words.tolist() == [twin_words(row, bits) for row in values.tolist()]
     assert unpack_words(words, bits).tolist() == values.tolist()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_all_ones_fill_the_sign_bit(bits: int) -> None:
-    values = [2**bits - 1] * (32 // bits)
-    assert twin_words(values, bits) == [-1]
-    assert pack_words(torch.tensor([values]), bits).tolist() == [[-1]]
-    assert unpack_words(torch.tensor([[-1]], dtype=torch.int32), bits).tolist() == [values]
+    values = [2**bits - 1] * 32
+    words = [-1] * bits
+    assert twin_words(values, bits) == words
+    assert pack_words(torch.tensor([values]), bits).tolist() == [words]
+    assert unpack_words(torch.tensor([words], dtype=torch.int32), bits).tolist() == [values]

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble.arch.registry import architecture_of
+from nybble.arch.blocks import expected_shapes
+from nybble.arch.registry import architecture_in
 from nybble.arch.spec import Architecture
 from nybble.checkpoint.reader import CheckpointReader
 from nybble.core.cpu import flush_denormals
-from nybble.engine.stored import stored_grids
-from nybble.packing import auto_round
-from nybble.quant.grid import IntGrid
+from nybble.engine.stored import stored_grids, stored_parts
+from nybble.packing.format import Format
+from nybble.packing.formats import format_of
+from nybble.quant.grid import IntGrid, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class LoadedModel:
         """
         assert self.mtp is not None
         length = token_ids.shape[1] - 1
-        positions = torch.arange(length, device=token_ids.device).expand(3, 1, -1)
+        positions = torch.arange(length, device=token_ids.device)[None]
         rotary = self.trunk.rotary_emb(hidden, positions)
         next_embeds = self.trunk.embed_tokens(token_ids[:, 1:])
         output = self.mtp(hidden[:, :-1], next_embeds, rotary, None)
@@ -70,10 +72,11 @@ def load_model(
     """
     flush_denormals()
     with CheckpointReader(folder) as reader:
-        arch = architecture_of(reader.config)
+        arch = architecture_in(reader.config, reader.index)
         grids = stored_grids(arch, reader.index, reader.config)
         weights = {
-            name: dense_weight(reader, name, grid).to(device, dtype) for name, grid in grids.items()
+            name: _parameter(reader, arch, name, shape, grids[name]).to(device, dtype)
+            for name, shape in expected_shapes(arch).items()
         }
     with torch.device("meta"):
         trunk = arch.build_text_model().eval()
@@ -90,9 +93,31 @@ def dense_weight(reader: CheckpointReader, name: str, grid: IntGrid | None) -> t
     """One tensor as engines see it: as stored, or de-quantized from its packed form (float32)."""
     if grid is None:
         return reader.read(name)
-    module = name.removesuffix(".weight")
-    tensors = {f"{module}.{s}": reader.read(f"{module}.{s}") for s in auto_round.SUFFIXES}
-    return auto_round.unpack(module, tensors, grid).dequantize()
+    stored_as = format_of(reader.config)
+    assert stored_as is not None
+    return quantized_weight(reader, name.removesuffix(".weight"), grid, stored_as).dequantize()
+
+
+def quantized_weight(
+    reader: CheckpointReader, module: str, grid: IntGrid, stored_as: Format
+) -> QuantizedWeight:
+    """Codes and scales of one Linear; raises CheckpointError if its tensors do not mean any."""
+    idle = [suffix for suffix in stored_as.idle_suffixes if f"{module}.{suffix}" in reader.index]
+    names = [f"{module}.{suffix}" for suffix in (*stored_as.suffixes, *idle)]
+    return stored_as.unpack(module, {name: reader.read(name) for name in names}, grid)
+
+
+def _parameter(
+    reader: CheckpointReader,
+    arch: Architecture,
+    name: str,
+    shape: tuple[int, ...],
+    grid: IntGrid | None,
+) -> torch.Tensor:
+    parts = [part for part, _ in stored_parts(arch, reader.index, name, shape)]
+    if parts == [name]:
+        return dense_weight(reader, name, grid)
+    return torch.cat([dense_weight(reader, part, grid) for part in parts]).view(shape)
 
 
 def _under(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -1,11 +1,4 @@
-"""The ``auto_round:auto_gptq`` format: GPTQ v1 tensors with AutoRound's configuration block.
-
-On disk, for a weight [N, K] in groups of g (G = K / g) of b bits, p = 32 / b codes a word:
-``qweight`` int32 [K/p, N], ``scales`` float16 [G, N], ``qzeros`` int32 [G, N/p]. Codes are stored
-as ``q + 2^(b-1)``, lowest bits first along K. ``qzeros`` holds the zero point 2^(b-1) minus one:
-vLLM ignores it for symmetric weights, Transformers adds the one back, so a wrong value would show
-in one engine only.
-"""
+"""The ``auto_round`` format: GPTQ v1 tensors with AutoRound's block (``auto_round:auto_gptq``)."""
 
 from __future__ import annotations
 
@@ -13,84 +6,50 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from nybble.checkpoint.writer import TensorSpec
 from nybble.core.errors import CheckpointError
-from nybble.packing.bits import pack_words, unpack_words
-from nybble.quant.grid import IntGrid, QuantizedWeight
-
-SUFFIXES = ("qweight", "qzeros", "scales")
+from nybble.packing import gptq_tensors
+from nybble.packing.format import LM_HEAD, Block, Declaration, Format, declared, no_sidecars
+from nybble.packing.rules import Rules, common_refusals, refuse
+from nybble.quant.grid import IntGrid
 
 # Of AutoRound 0.16.1, whose zero-point convention we follow: its loader reads this key.
 _AUTOROUND_VERSION = "0.16.1"
-
-# Read by every engine: regex keys, valid for Hugging Face's, vLLM's fused and SGLang's names.
-KEPT_PATTERNS = (".*in_proj_(a|b|ba)$", ".*mtp.*", ".*visual.*")
 
 # A key without any of these is a name to engines, never a pattern.
 _REGEX_SIGNS = frozenset("*+?^$()[]{}|\\")
 
 
-def packed_specs(module: str, shape: tuple[int, int], grid: IntGrid) -> list[TensorSpec]:
-    """Names, types and shapes of a module's stored tensors; shape is [N, K]."""
-    outs, ins = shape
-    per_word = 32 // grid.bits
-    groups = grid.num_groups(ins)
-    return [
-        TensorSpec(f"{module}.qweight", torch.int32, (ins // per_word, outs)),
-        TensorSpec(f"{module}.qzeros", torch.int32, (groups, outs // per_word)),
-        TensorSpec(f"{module}.scales", torch.float16, (groups, outs)),
-    ]
-
-
-def pack(module: str, quantized: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """The stored tensors of one module."""
-    grid = quantized.grid
-    offset = -grid.lowest
-    words = pack_words(quantized.codes.to(torch.int32) + offset, grid.bits)
-    outs, groups = quantized.scales.shape
-    zeros = torch.full((groups, outs), offset - 1, dtype=torch.int32)
-    return {
-        f"{module}.qweight": words.T.contiguous(),
-        f"{module}.qzeros": pack_words(zeros, grid.bits),
-        f"{module}.scales": quantized.scales.T.contiguous().half(),
-    }
-
-
-def unpack(module: str, tensors: Mapping[str, torch.Tensor], grid: IntGrid) -> QuantizedWeight:
-    """The inverse of ``pack``; raises CheckpointError if the zero points are not symmetric."""
-    offset = -grid.lowest
-    zeros = unpack_words(tensors[f"{module}.qzeros"], grid.bits)
-    wrong = zeros[zeros != offset - 1]
-    if len(wrong):
-        raise CheckpointError(
-            f"{module}.qzeros holds {int(wrong[0])} where symmetric weights of this "
-            f"format hold {offset - 1}"
-        )
-    unsigned = unpack_words(tensors[f"{module}.qweight"].T.contiguous(), grid.bits)
-    codes = (unsigned.to(torch.int16) - offset).to(torch.int8)
-    scales = tensors[f"{module}.scales"].T.contiguous().float()
-    return QuantizedWeight(codes, scales, grid)
-
-
-def quantization_config(block_prefix: str, grid: IntGrid) -> dict[str, Any]:
-    """The block for config.json; ``block_prefix`` names the list of decoder layers."""
-    kept = {"bits": 16, "data_type": "fp"}
+def quantization_config(declaration: Declaration) -> dict[str, Any]:
+    """The block for config.json; raises CheckpointError for what ``refusals`` lists."""
+    refuse(refusals(declaration))
+    rules = Rules(declaration)
+    extra = {rule.pattern: _values(rule.grid) for rule in (*rules.dense, *rules.quantized)}
+    if rules.lm_head is not None:
+        extra[LM_HEAD] = _values(rules.lm_head)
+    lists = declaration.block_lists
     return {
         "quant_method": "auto-round",
         "packing_format": "auto_round:auto_gptq",
-        "bits": grid.bits,
-        "group_size": grid.group_size,
-        "sym": True,
-        "data_type": "int",
+        **_values(declaration.default),
         "autoround_version": _AUTOROUND_VERSION,
-        "block_name_to_quantize": block_prefix,
-        "extra_config": {pattern: dict(kept) for pattern in KEPT_PATTERNS},
+        "block_name_to_quantize": lists[0] if len(lists) == 1 else list(lists),
+        "extra_config": extra,
     }
 
 
-def declared_grid(config: Mapping[str, Any], module: str) -> IntGrid | None:
+def refusals(declaration: Declaration) -> list[str]:
+    """Why engines would not read such a checkpoint in this format, one line each."""
+    return common_refusals(declaration, gptq_tensors.BITS, "auto_round")
+
+
+def _values(grid: IntGrid | None) -> dict[str, Any]:
+    if grid is None:
+        return {"bits": 16, "data_type": "fp"}
+    # All four: a key that lacks one takes AutoRound's default here and the block's there.
+    return {"bits": grid.bits, "group_size": grid.group_size, "sym": True, "data_type": "int"}
+
+
+def declared_grid(block: Block, module: str) -> IntGrid | None:
     """What the configuration block says a Linear is built as; None: unquantized.
 
     The rules, in the order in which vLLM 0.28 and later apply them: a key that is the name or ends
@@ -98,12 +57,12 @@ def declared_grid(config: Mapping[str, Any], module: str) -> IntGrid | None:
     for a block we cannot read.
     """
     try:
-        return _declared(config, module)
+        return _declared(block, module)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"quantization_config cannot be read: {error!r}") from error
 
 
-def _declared(config: Mapping[str, Any], module: str) -> IntGrid | None:
+def _declared(config: Block, module: str) -> IntGrid | None:
     if config.get("packing_format") != "auto_round:auto_gptq" or config.get("sym") is not True:
         raise CheckpointError(
             f"quantization_config has packing_format {config.get('packing_format')!r}, sym "
@@ -117,7 +76,7 @@ def _declared(config: Mapping[str, Any], module: str) -> IntGrid | None:
     blocks = config.get("block_name_to_quantize") or []
     prefixes = blocks.split(",") if isinstance(blocks, str) else blocks
     outside = bool(prefixes) and not any(module.startswith(prefix) for prefix in prefixes)
-    bits = 16 if outside or module == "lm_head" else config["bits"]
+    bits = 16 if outside or module == LM_HEAD else config["bits"]
     for pattern, override in extra.items():
         if _REGEX_SIGNS.intersection(pattern) and _found(pattern, module):
             return _grid_of(config, override, bits)
@@ -131,11 +90,26 @@ def _found(pattern: str, module: str) -> bool:
         return False
 
 
-def _grid_of(config: Mapping[str, Any], override: Mapping[str, Any], bits: int) -> IntGrid | None:
+def _grid_of(config: Block, override: Mapping[str, Any], bits: int) -> IntGrid | None:
     bits = override.get("bits", bits)
     if bits >= 16:
         return None
     if override.get("sym", True) is not True:
         raise CheckpointError("quantization_config declares asymmetric weights: these are not read")
     group_size = override.get("group_size", config["group_size"])
-    return IntGrid(bits=bits, group_size=group_size, signed_scales=True)
+    return declared(bits, group_size)
+
+
+FORMAT = Format(
+    name="auto_round",
+    bits=gptq_tensors.BITS,
+    suffixes=gptq_tensors.SUFFIXES,
+    idle_suffixes=(gptq_tensors.GROUP_INDEX,),
+    packed_specs=gptq_tensors.packed_specs,
+    pack=gptq_tensors.pack,
+    unpack=gptq_tensors.unpack,
+    quantization_config=quantization_config,
+    refusals=refusals,
+    declared_grid=declared_grid,
+    sidecars=no_sidecars,
+)

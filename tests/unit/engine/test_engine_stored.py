@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ from support.checkpoints import (
     write_json,
     write_weights,
 )
+from support.packed import dense
 
 from nybble.arch.registry import architecture_of
+from nybble.arch.spec import Experts
+from nybble.checkpoint.index import CheckpointIndex
 from nybble.checkpoint.reader import CheckpointReader
 from nybble.core.errors import CheckpointError
 from nybble.engine.load import load_model
-from nybble.engine.stored import stored_grids
+from nybble.engine.stored import stored_grids, stored_parts
+from nybble.packing.formats import FORMATS
+from nybble.pipeline.quantize import quantize
 from nybble.quant.grid import IntGrid
+from nybble.recipe.schema import Recipe, Rtn, Scheme
 
 PREFIX = Tiny().prefix
 MODULE = f"{PREFIX}layers.1.mlp.up_proj"
@@ -215,6 +222,110 @@ def test_a_dense_weight_of_another_shape_is_refused(doctored: Callable[..., Path
     ],
     ids=str,
 )
-def test_another_format_is_refused(doctored: Callable[..., Path], change: Config) -> None:
+def test_another_packing_is_refused(doctored: Callable[..., Path], change: Config) -> None:
     folder = doctored(config=lambda config: config["quantization_config"].update(change))
     assert "auto_round:auto_gptq" in refused(folder)
+
+
+# --- All formats, quantized heads ---
+
+HEADS = {"lm_head", *(name for name, shape in MTP_SHAPES.items() if len(shape) == 2)}
+
+
+@pytest.fixture(scope="module")
+def with_heads(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint in a format, with a quantized output head and MTP layer."""
+    folder = tmp_path_factory.mktemp("heads")
+
+    def make(name: str) -> Path:
+        out = folder / name
+        if not out.exists():
+            scheme = Scheme(bits=4, group_size=64, lm_head_bits=8, mtp_bits=8)
+            recipe = Recipe(algorithm=Rtn(), scheme=scheme, format=name)  # type: ignore[arg-type]
+            quantize(tiny_base, out, recipe, "cpu")
+        return out
+
+    return make
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_heads_have_their_grids(with_heads: Callable[[str], Path], name: str) -> None:
+    grids = grids_of(with_heads(name))
+    quantized = {key.removesuffix(".weight") for key, grid in grids.items() if grid is not None}
+    mtp = {n.removesuffix(".weight") for n in HEADS if n.startswith("mtp.layers.")}
+    assert quantized == quantized_modules(PREFIX) | mtp | {"lm_head"}
+    assert grids["mtp.fc.weight"] is None
+    assert grids["lm_head.weight"] == IntGrid(8, 64, True)
+    assert grids["mtp.layers.0.mlp.up_proj.weight"] == IntGrid(8, 64, True)
+    assert grids[f"{MODULE}.weight"] == IntGrid(4, 64, True)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_heads_load_as_what_their_codes_stand_for(
+    with_heads: Callable[[str], Path], name: str
+) -> None:
+    model, stored = load_model(with_heads(name)), read_weights(with_heads(name))
+    assert torch.equal(model.lm_head, dense(stored, "lm_head", bits=8))
+    assert model.mtp is not None
+    up = model.mtp.state_dict()["layers.0.mlp.up_proj.weight"]
+    assert torch.equal(up, dense(stored, "mtp.layers.0.mlp.up_proj", bits=8))
+    module = MODULE.removeprefix(PREFIX)
+    assert torch.equal(model.trunk.state_dict()[f"{module}.weight"], dense(stored, MODULE))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_tensors_of_another_format_are_refused(
+    with_heads: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    other = {"compressed-tensors": "gptq"}.get(name, "compressed-tensors")
+    write_weights(tmp_path, read_weights(with_heads(other)))
+    write_json(tmp_path / "config.json", read_json(with_heads(name) / "config.json"))
+    with pytest.raises(CheckpointError, match=rf"lacks .*, though .* config\.json declares {name}"):
+        grids_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_embedding_is_never_packed(
+    with_heads: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    weights = read_weights(with_heads(name))
+    for key in [key for key in weights if key.startswith("lm_head.")]:
+        weights[key.replace("lm_head", f"{PREFIX}embed_tokens")] = weights[key].clone()
+    del weights[f"{PREFIX}embed_tokens.weight"]
+    write_weights(tmp_path, weights)
+    write_json(tmp_path / "config.json", read_json(with_heads(name) / "config.json"))
+    with pytest.raises(CheckpointError, match=r"embed_tokens is stored quantized"):
+        grids_of(tmp_path)
+
+
+def test_a_block_nobody_reads_is_refused(doctored: Callable[..., Path]) -> None:
+    folder = doctored(
+        config=lambda config: config["quantization_config"].update(quant_method="awq")
+    )
+    assert "quant_method 'awq'" in refused(folder)
+
+
+def test_inputs_sorted_by_activation_are_refused(
+    with_heads: Callable[[str], Path], tmp_path: Path
+) -> None:
+    write_weights(tmp_path, read_weights(with_heads("gptq")))
+    config = read_json(with_heads("gptq") / "config.json")
+    config["quantization_config"]["desc_act"] = True
+    write_json(tmp_path / "config.json", config)
+    assert "desc_act true" in refused(tmp_path)
+
+
+def test_a_stack_of_experts_may_be_stored_in_parts(tiny_base: Path) -> None:
+    with CheckpointReader(tiny_base) as reader:
+        arch = replace(architecture_of(reader.config), experts=Experts("mlp.experts", 2))
+        stack, own = f"{PREFIX}layers.0.mlp.experts.gate_up_proj", f"{PREFIX}layers.0.mlp.experts"
+        assert list(stored_parts(arch, reader.index, stack, (2, 64, 32))) == [
+            (f"{own}.0.gate_proj.weight", (32, 32)),
+            (f"{own}.0.up_proj.weight", (32, 32)),
+            (f"{own}.1.gate_proj.weight", (32, 32)),
+            (f"{own}.1.up_proj.weight", (32, 32)),
+        ]
+        whole = CheckpointIndex(tiny_base, {stack: next(iter(reader.index.tensors.values()))})
+        assert list(stored_parts(arch, whole, stack, (2, 64, 32))) == [(stack, (2, 64, 32))]
+        name = f"{MODULE}.weight"
+        assert list(stored_parts(arch, whole, name, (256, 128))) == [(name, (256, 128))]
