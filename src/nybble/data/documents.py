@@ -139,7 +139,8 @@ def _is_text_parts(content: object) -> bool:
 def _tool_calls(value: object, where: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as an object.
 
-    The OpenAI form has the arguments as JSON text, which many templates cannot iterate over.
+    The OpenAI form has the arguments as JSON text, or none, which many templates cannot iterate
+    over.
     """
     if not _is_objects(value):
         raise DataError(f"{where}: tool_calls is {kind_of(value)}, not a list of objects")
@@ -149,6 +150,8 @@ def _tool_calls(value: object, where: str) -> list[dict[str, Any]]:
 def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _tool_call(call["function"])}
+    if call.get("arguments", {}) in (None, ""):
+        return {**call, "arguments": {}}
     arguments = _decoded(call.get("arguments"))
     return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 

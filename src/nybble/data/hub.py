@@ -1,16 +1,19 @@
-"""The data sets of the Hugging Face hub that have a short name here."""
+"""Data sets of the Hugging Face hub, each at one commit: a few by a short name, all by address."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import shorten
 from types import MappingProxyType
 from typing import Any
 
 from nybble.core.errors import DataError
 from nybble.data.documents import (
+    CONTENT_FIELDS,
+    TOOLS_FIELD,
     Document,
     PlainText,
     document_of,
@@ -20,7 +23,13 @@ from nybble.data.documents import (
 )
 
 PROBE_SECONDS = 5.0
-"""How long the hub may take to answer, before only the local cache is looked at."""
+"""How long the hub may take to answer, before it is taken to be out of reach."""
+HUB_PREFIX = "hf:"
+_OTHER_WAYS = "give a .txt, .jsonl or .parquet file, or 'stdlib'"
+_ADDRESS = re.compile(
+    rf"{HUB_PREFIX}(?P<path>[\w.-]+/[\w.-]+)(?:/(?P<config>[^/@:]+))?"
+    r"@(?P<revision>[0-9a-f]{40}):(?P<split>\w+(?:\.\w+)*)"
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class HubSet:
     split: str
     revision: str
     """Commit of the data set's repository."""
-    config: str | None = None
+    config: str = "default"
     is_one_document: bool = False
     """The rows are the lines of one running text: join them with a blank line between."""
 
@@ -68,14 +77,46 @@ HUB_SETS: Mapping[str, HubSet] = MappingProxyType(
 )
 
 
-def hub_documents(name: str) -> Iterator[Document]:
-    """The documents of ``HUB_SETS[name]``, downloaded once and then read from the cache.
+def hub_set_of(source: str) -> HubSet:
+    """Reads ``hf:OWNER/NAME@COMMIT:SPLIT`` or ``hf:OWNER/NAME/CONFIG@COMMIT:SPLIT``.
 
-    Where the hub does not answer, the newest copy in the cache is taken, whatever its commit.
-    Raises DataError if there is none, or if the data set is not of the expected form.
+    COMMIT is the full hash of a commit of the data set's repository (40 hexadecimal digits), so
+    that the text stays the same. CONFIG (a subset, on the data set's page) is ``default`` unless
+    it is given.
+
+    Raises DataError for any other form.
     """
-    hub_set = HUB_SETS[name]
-    records = _load(name, hub_set)
+    found = _ADDRESS.fullmatch(source)
+    if found is None:
+        raise DataError(
+            f"{source!r} is not {HUB_PREFIX}OWNER/NAME@COMMIT:SPLIT or "
+            f"{HUB_PREFIX}OWNER/NAME/CONFIG@COMMIT:SPLIT, with all 40 digits of a commit of the "
+            "data set (a branch or a tag may move)"
+        )
+    return HubSet(
+        path=found["path"],
+        split=found["split"],
+        revision=found["revision"],
+        config=found["config"] or HubSet.config,
+    )
+
+
+def hub_documents(name: str, hub_set: HubSet) -> Iterator[Document]:
+    """The documents of a data set, downloaded once and then read from the cache, row by row.
+
+    A copy of its very commit in the cache is taken without asking the hub; no other commit is.
+    ``name`` is for error messages.
+
+    Raises DataError if the data set is out of reach, or if it is not of the expected form.
+    """
+    data_set = _load(name, hub_set)
+    wanted = [field for field in (*CONTENT_FIELDS, TOOLS_FIELD) if field in data_set.column_names]
+    if not set(wanted).intersection(CONTENT_FIELDS):
+        raise DataError(
+            f"{name}: no column {' or '.join(CONTENT_FIELDS)}; "
+            f"the columns are {', '.join(map(repr, data_set.column_names)) or 'none'}"
+        )
+    records = data_set.select_columns(wanted)
     if hub_set.is_one_document:
         yield PlainText(name, "\n\n".join(record["text"] for record in records))
         return
@@ -89,12 +130,12 @@ def _load(name: str, hub_set: HubSet) -> Any:
         from datasets.utils.file_utils import httpx
     except ImportError as error:
         raise missing_extra(name) from error
-    mode: AbstractContextManager[None] = nullcontext() if _is_reachable(hub_set) else _cache_only()
     try:
-        with mode:
-            return datasets.load_dataset(
-                hub_set.path, hub_set.config, split=hub_set.split, revision=hub_set.revision
-            )
+        builder = _cached_builder(hub_set)
+        if builder is None and _is_reachable(hub_set):
+            builder = _downloaded_builder(hub_set)
+        if builder is not None:
+            return builder.as_dataset(split=hub_set.split)
     except (
         OSError,
         ValueError,
@@ -104,36 +145,64 @@ def _load(name: str, hub_set: HubSet) -> Any:
     ) as error:
         reason = shorten(f"{type(error).__name__}: {first_line(error)}", 160, placeholder=" ...")
         raise DataError(
-            f"{name}: {hub_set.path} is not to be had from the Hugging Face hub or the local "
-            f"cache ({reason}): connect once to fill the cache, or give a .txt, .jsonl or "
-            ".parquet file, or 'stdlib'"
+            f"{name}: cannot load split {hub_set.split} of {hub_set.path} ({hub_set.config}) at "
+            f"{hub_set.revision} ({reason}): check these, or {_OTHER_WAYS}"
         ) from error
+    raise DataError(
+        f"{name}: {hub_set.path} at {hub_set.revision} is not in the local cache, and the Hugging "
+        f"Face hub does not answer: connect once to fill the cache, or {_OTHER_WAYS}"
+    )
+
+
+def _cached_builder(hub_set: HubSet) -> Any:
+    """The builder of a finished copy of the commit in the local cache, or None.
+
+    ``load_dataset`` alone would ask the hub first, for minutes where packets are dropped, and
+    then take the newest copy, of whatever commit.
+    """
+    from datasets import config
+    from datasets.naming import camelcase_to_snakecase
+    from datasets.packaged_modules.cache.cache import Cache
+
+    owner, name = hub_set.path.split("/")
+    cache = Path(config.HF_DATASETS_CACHE).expanduser()
+    folder = cache / f"{owner}___{camelcase_to_snakecase(name)}" / hub_set.config
+    copies = sorted(folder.glob(f"*/{hub_set.revision}/dataset_info.json"))
+    if not copies:
+        return None
+    return Cache(
+        repo_id=hub_set.path,
+        dataset_name=name,
+        config_name=hub_set.config,
+        version=copies[-1].parts[-3],
+        hash=hub_set.revision,
+    )
+
+
+def _downloaded_builder(hub_set: HubSet) -> Any:
+    """The builder of the data set, downloaded. Raises OSError where its commit is not to be had."""
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(hub_set.path, hub_set.config, revision=hub_set.revision)
+    if builder.hash != hub_set.revision:  # it takes another copy where the hub fails midway
+        raise OSError(f"only {builder.hash} is to be had")
+    builder.download_and_prepare()
+    return builder
 
 
 def _is_reachable(hub_set: HubSet) -> bool:
     """Whether the hub answers one request, sent with the client, and so the proxies, of the hub.
 
-    Without this question ``load_dataset`` retries for half a minute, or for minutes where
-    packets are dropped, before it looks into the cache.
+    Without this question a download is tried again for half a minute, or for minutes where
+    packets are dropped, before it is given up.
     """
     from datasets import config
     from datasets.utils.file_utils import get_session, httpx
 
+    if config.HF_HUB_OFFLINE:
+        return False
     url = f"{config.HF_ENDPOINT}/datasets/{hub_set.path}/resolve/{hub_set.revision}/README.md"
     try:
         return bool(get_session().head(url, timeout=PROBE_SECONDS).status_code < 500)
     except (OSError, httpx.HTTPError):
         return False
-
-
-@contextmanager
-def _cache_only() -> Iterator[None]:
-    """Turns the offline mode of ``datasets`` on, which is otherwise read once, at its import."""
-    from datasets import config
-
-    before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        config.HF_HUB_OFFLINE = before

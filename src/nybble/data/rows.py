@@ -1,81 +1,96 @@
-"""Calibration and evaluation rows: token ids of fixed length, and a hash of each."""
+"""Calibration and evaluation rows: token ids, how many of them are real, and a hash of each."""
 
 from __future__ import annotations
 
 import hashlib
-import random
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from nybble.core.errors import DataError
-from nybble.data.documents import Conversation, Document, PlainText, first_line
+from nybble.data.order import apportioned, permuted, shuffled
 from nybble.data.sources import open_source
+from nybble.data.tokens import end_of_text_id, tokenized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nybble.recipe.schema import Calibration
+    from nybble.recipe.schema import Calibration, TextSource
 
-BUFFER_DOCUMENTS = 16_384
-BUFFER_CHARACTERS = 2**28
-"""Most that the shuffle holds: a source within both bounds is permuted as a whole."""
-END_OF_TEXT = "<|endoftext|>"
+PAD_ID = 0
+"""Behind a short row's tokens. Every model has this id, and none of its layers looks ahead."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of token ids, all different."""
+    """Rows of token ids, all different; short ones are padded on the right."""
 
     token_ids: torch.Tensor
     """int64 [rows, seqlen]"""
+    lengths: torch.Tensor
+    """int64 [rows]: how many of a row's ids are real, from 1 to seqlen"""
     hashes: tuple[str, ...]
-    """Of each row: ``row_hash``."""
+    """Of each row's real ids: ``row_hash``."""
 
     @property
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the rows' hashes, joined in their order."""
         return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
 
+    def mask(self) -> torch.Tensor:
+        """bool [rows, seqlen]: True where an id is real, False where it is padding."""
+        positions = torch.arange(self.token_ids.shape[1], device=self.lengths.device)
+        return positions < self.lengths[:, None]
+
+
+def rows_of(id_lists: Sequence[Sequence[int]], seqlen: int) -> Rows:
+    """``Rows`` of lists of 1 to ``seqlen`` ids each."""
+    token_ids = torch.full((len(id_lists), seqlen), PAD_ID, dtype=torch.int64)
+    for row, ids in zip(token_ids, id_lists, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    lengths = torch.tensor([len(ids) for ids in id_lists], dtype=torch.int64)
+    return Rows(token_ids, lengths, tuple(map(row_hash, id_lists)))
+
 
 def row_hash(token_ids: Sequence[int]) -> str:
-    """SHA-256 (hexadecimal) of the ids as little-endian int64 bytes."""
+    """SHA-256 (hexadecimal) of the ids, without padding, as little-endian int64 bytes."""
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}q", *token_ids)).hexdigest()
 
 
 def build_rows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """``calibration.rows`` different rows of ``calibration.seqlen`` tokens.
 
-    The documents are taken in an order that ``calibration.seed`` decides (``shuffled``) and laid
-    out as ``calibration.layout`` says (``truncated_rows``, ``packed_rows``). Conversations are
-    rendered with the tokenizer's chat template. No more is read than the rows need.
+    A mix's sources give as many rows each as ``apportioned`` says, and all rows are then brought
+    into an order that ``calibration.seed`` decides (``permuted``). The documents of a source are
+    taken in an order that the seed decides too (``shuffled``) and laid out as its layout says
+    (``truncated_rows``, ``packed_rows``, ``padded_rows``). Conversations are rendered with the
+    tokenizer's chat template. No more is read than the rows need.
 
-    Raises DataError if the source is not usable, if it gives fewer rows, if it holds
-    conversations and the tokenizer has no chat template, or if layout is ``pack`` and the
+    Raises DataError if a source is not usable, if it gives fewer rows than it should, if it holds
+    conversations and the tokenizer has no chat template, or if its layout is ``pack`` and the
     tokenizer has no end-of-text token.
     """
-    documents = shuffled(open_source(calibration.source), calibration.seed)
-    token_lists = (tokenized(document, tokenizer) for document in documents)
-    if calibration.layout == "pack":
-        candidates = packed_rows(token_lists, calibration.seqlen, end_of_text_id(tokenizer))
-    else:
-        candidates = truncated_rows(token_lists, calibration.seqlen)
+    sources = calibration.sources
+    shares = apportioned(calibration.rows, [source.weight for source in sources])
+    # All are opened before any is read, so that a wrong name shows at once.
+    candidates = [_candidates(source, calibration, tokenizer) for source in sources]
     rows: dict[str, list[int]] = {}
-    duplicates = 0
-    for row in candidates:
-        digest = row_hash(row)
-        duplicates += digest in rows
-        rows[digest] = row
-        if len(rows) == calibration.rows:
-            return Rows(torch.tensor(list(rows.values()), dtype=torch.int64), tuple(rows))
-    raise _too_little_text(calibration, len(rows), duplicates)
+    for source, share, found in zip(sources, shares, candidates, strict=True):
+        _add_rows(rows, found, share, source, calibration)
+    id_lists = list(rows.values())
+    if len(sources) > 1:
+        id_lists = permuted(id_lists, calibration.seed)
+    return rows_of(id_lists, calibration.seqlen)
 
 
 def refuse_overlap(rows: Rows, calibration_hashes: Collection[str]) -> None:
-    """Raises DataError if a row of ``rows``, meant for evaluation, was used in calibration."""
+    """Raises DataError if a row of ``rows``, meant for evaluation, was used in calibration.
+
+    Rows are equal if their real ids are; how far either is padded makes no difference.
+    """
     used = set(calibration_hashes)
     shared = [index for index, digest in enumerate(rows.hashes) if digest in used]
     if shared:
@@ -85,38 +100,16 @@ def refuse_overlap(rows: Rows, calibration_hashes: Collection[str]) -> None:
         )
 
 
-def shuffled(documents: Iterable[Document], seed: int) -> Iterator[Document]:
-    """The documents in an order that depends on ``seed`` and on their own order alone.
-
-    At most BUFFER_DOCUMENTS documents and BUFFER_CHARACTERS characters are held; whenever there
-    are more, one of those held, drawn at random, goes out. So a small source is permuted as a
-    whole, and of a large one little more than the buffer's first filling need be read.
-    """
-    # A string, as an int seeds by its absolute value. Of Random's methods, only random() is
-    # promised to stay the same from one Python to the next.
-    draw = random.Random(str(seed)).random
-    held: list[Document] = []
-    characters = 0
-
-    def taken() -> Document:
-        index = int(draw() * len(held))
-        held[index], held[-1] = held[-1], held[index]
-        return held.pop()
-
-    for document in documents:
-        held.append(document)
-        characters += _characters(document)
-        while len(held) > BUFFER_DOCUMENTS or characters > BUFFER_CHARACTERS:
-            out = taken()
-            characters -= _characters(out)
-            yield out
-    while held:
-        yield taken()
-
-
 def truncated_rows(token_lists: Iterable[list[int]], seqlen: int) -> Iterator[list[int]]:
     """The first ``seqlen`` ids of each list that has as many; shorter lists give no row."""
     return (ids[:seqlen] for ids in token_lists if len(ids) >= seqlen)
+
+
+def padded_rows(
+    token_lists: Iterable[list[int]], seqlen: int, min_tokens: int
+) -> Iterator[list[int]]:
+    """The first ids, at most ``seqlen``, of each list that has ``min_tokens`` or fills a row."""
+    return (ids[:seqlen] for ids in token_lists if len(ids) >= min(min_tokens, seqlen))
 
 
 def packed_rows(
@@ -141,76 +134,57 @@ def packed_rows(
         del pending[:whole]
 
 
-def tokenized(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A document's token ids: all of them, however long the tokenizer's model_max_length.
-
-    Plain text gets the special tokens that the tokenizer adds by itself; a rendered conversation
-    does not, as its template writes them.
-
-    Raises DataError if a conversation cannot be rendered, or for text that UTF-8 cannot hold.
-    """
-    is_plain = isinstance(document, PlainText)
-    text = document.text if isinstance(document, PlainText) else _rendered(document, tokenizer)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{document.where}: character {error.start + 1} is half of a surrogate pair: "
-            "repair the text or take it out"
-        ) from error
-    # verbose=False: a text longer than model_max_length is no news here, rows are cut from it.
-    encoding = tokenizer(text, add_special_tokens=is_plain, verbose=False)
-    ids: list[int] = encoding["input_ids"]
-    return ids
+def _add_rows(
+    rows: dict[str, list[int]],
+    candidates: Iterator[list[int]],
+    share: int,
+    source: TextSource,
+    calibration: Calibration,
+) -> None:
+    """Adds ``share`` rows of one source, under their hashes, that are not among ``rows`` yet."""
+    wanted = len(rows) + share
+    duplicates = 0
+    for row in candidates:
+        digest = row_hash(row)
+        duplicates += digest in rows
+        rows[digest] = row
+        if len(rows) == wanted:
+            return
+    found = share - (wanted - len(rows))
+    raise _too_little_text(source, share, found, duplicates, calibration)
 
 
-def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that parts documents: of ``<|endoftext|>``, or else of the eos token.
-
-    Raises DataError if the tokenizer has neither.
-    """
-    found: int | None = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
-    if found is None:
-        raise DataError(
-            f"the tokenizer has no {END_OF_TEXT} and no eos token to put between documents: "
-            'use layout = "truncate"'
-        )
-    return found
-
-
-def _rendered(document: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{document.where}: a conversation, and the tokenizer has no chat template: "
-            "give plain text"
-        )
-    tools: list[dict[str, Any] | Callable[..., Any]] | None = None
-    if document.tools is not None:
-        tools = [dict(tool) for tool in document.tools]
-    messages = [dict(message) for message in document.messages]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
-        raise DataError(
-            f"{document.where}: the tokenizer's chat template refuses it: {first_line(error)}"
-        ) from error
+def _candidates(
+    source: TextSource, calibration: Calibration, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    documents = shuffled(open_source(source.source), calibration.seed)
+    token_lists = (tokenized(document, tokenizer) for document in documents)
+    seqlen = calibration.seqlen
+    match source.layout:
+        case "pack":
+            return packed_rows(token_lists, seqlen, end_of_text_id(tokenizer))
+        case "pad":
+            return padded_rows(token_lists, seqlen, calibration.min_tokens)
+        case _:
+            return truncated_rows(token_lists, seqlen)
 
 
-def _characters(document: Document) -> int:
-    if isinstance(document, PlainText):
-        return len(document.text)
-    return sum(len(repr(message)) for message in document.messages)
-
-
-def _too_little_text(calibration: Calibration, found: int, duplicates: int) -> DataError:
-    dropped = f" (and {duplicates} that it had given before)" if duplicates else ""
-    ways = ["a longer text", "fewer rows", "a shorter seqlen"]
-    if calibration.layout == "truncate":
-        ways.append('layout = "pack"')
+def _too_little_text(
+    source: TextSource, share: int, found: int, duplicates: int, calibration: Calibration
+) -> DataError:
+    dropped = f" (and {duplicates} that were there already)" if duplicates else ""
+    ways = ["a longer text", "fewer rows"]
+    if calibration.mix:
+        ways.append("a smaller weight")
+    match source.layout:
+        case "pack":
+            ways.append("a shorter seqlen")
+        case "pad":
+            ways.append("a smaller min_tokens")
+        case _:
+            ways += ["a shorter seqlen", 'layout = "pad"', 'layout = "pack"']
     return DataError(
-        f"asked for {calibration.rows} rows of {calibration.seqlen} tokens; "
-        f"{calibration.source} gave {found}{dropped}; "
+        f"asked for {share} rows of {calibration.seqlen} tokens; "
+        f"{source.source} gave {found}{dropped}; "
         f"use {', '.join(ways[:-1])}, or {ways[-1]}"
     )

@@ -19,7 +19,7 @@ from nybble.data.documents import (
     missing_extra,
     without_nulls,
 )
-from nybble.data.hub import HUB_SETS, hub_documents
+from nybble.data.hub import HUB_PREFIX, HUB_SETS, hub_documents, hub_set_of
 
 STDLIB_SOURCES: Mapping[str, stdlib.Split] = MappingProxyType(
     {"stdlib": "train", "stdlib-heldout": "heldout"}
@@ -32,24 +32,28 @@ def open_source(source: str) -> Iterator[Document]:
 
     - ``stdlib``, ``stdlib-heldout``: a document per file of the Python standard library;
     - a name in ``HUB_SETS``: a data set of the Hugging Face hub;
+    - ``hf:OWNER/NAME@COMMIT:SPLIT``, ``hf:OWNER/NAME/CONFIG@COMMIT:SPLIT``: any data set of the
+      hub with columns as a .parquet file's (``hub_set_of``);
     - ``FILE.txt``: the whole file is one document;
     - ``FILE.jsonl``: a document per line, a JSON object with ``text``, or with ``messages`` or
       ``conversations`` (lists of objects with ``role`` and ``content``) and maybe ``tools``;
     - ``FILE.parquet``: a document per row, with columns of the same names.
 
-    Raises DataError: at once for a name that is none of these; while iterating for a file that
+    Raises DataError: at once for a source that is none of these; while iterating for a file that
     is missing, unreadable, empty or of the wrong form, and for a data set that is out of reach.
     """
     if source in STDLIB_SOURCES:
         return _or_refuse_empty(_read_stdlib(source), source)
     if source in HUB_SETS:
-        return _or_refuse_empty(hub_documents(source), source)
+        return _or_refuse_empty(hub_documents(source, HUB_SETS[source]), source)
+    if source.startswith(HUB_PREFIX):
+        return _or_refuse_empty(hub_documents(source, hub_set_of(source)), source)
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
             f"unknown source {source!r}: give {', '.join((*HUB_SETS, *STDLIB_SOURCES))}, "
-            f"or a file ending in {', '.join(_READERS)}"
+            f"{HUB_PREFIX}OWNER/NAME@COMMIT:SPLIT, or a file ending in {', '.join(_READERS)}"
         )
     return _or_refuse_empty(reader(path), source)
 

@@ -14,26 +14,25 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from nybble.core.errors import DataError
-from nybble.data import rows as rows_module
-from nybble.data.documents import Conversation, Document, PlainText
+from nybble.data.documents import Document, PlainText
+from nybble.data.order import permuted, shuffled
 from nybble.data.rows import (
+    PAD_ID,
     Rows,
     build_rows,
-    end_of_text_id,
     packed_rows,
+    padded_rows,
     refuse_overlap,
     row_hash,
-    shuffled,
-    tokenized,
+    rows_of,
     truncated_rows,
 )
-from nybble.recipe.schema import Calibration
+from nybble.recipe.schema import Calibration, TextSource
 
 # Computed with printf and sha256sum from the bytes of int64 1, 2, 262143, little end first.
 HASH_OF_1_2_262143 = "e714738b7a0ecef26bf60ebb2807dc6bdcc3150c24e8e680351df51362420b7d"
 SENTENCE = "quick brown fox jumps over the lazy dog documents are joined end to end"
 WORDS = SENTENCE.split()
-CHAT = [{"role": "user", "content": "the quick fox"}, {"role": "assistant", "content": "jumps"}]
 
 
 def _texts(count: int, seed: int = 0) -> list[str]:
@@ -80,6 +79,8 @@ def test_truncate_takes_the_start_of_each_long_enough_document(
     assert rows.token_ids.dtype == torch.int64
     assert rows.token_ids.tolist() == expected
     assert rows.hashes == tuple(row_hash(row) for row in expected)
+    assert rows.lengths.tolist() == [16] * 20
+    assert bool(rows.mask().all())
 
 
 def test_truncate_takes_a_document_of_exactly_seqlen_tokens() -> None:
@@ -116,14 +117,141 @@ def test_packing_reads_no_more_than_it_needs() -> None:
     assert list(lists) == [[4, 5], [6]]
 
 
-def test_documents_are_parted_by_end_of_text_or_else_eos(
-    tokenizer: PreTrainedTokenizerBase, bare_tokenizer: PreTrainedTokenizerBase
+def test_pad_takes_the_start_of_every_document_and_pads_on_the_right(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert end_of_text_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    with pytest.raises(DataError, match=r"no <\|endoftext\|> and no eos token"):
-        end_of_text_id(bare_tokenizer)
-    bare_tokenizer.eos_token = "b"
-    assert end_of_text_id(bare_tokenizer) == 1
+    texts = _texts(40)
+    rows = build_rows(
+        _calibration(_source(tmp_path, texts), rows=25, seed=5, layout="pad", min_tokens=6),
+        tokenizer,
+    )
+    all_ids = [_ids(tokenizer, text) for text in _shuffled_texts(texts, 5)]
+    expected = [ids[:16] for ids in all_ids if len(ids) >= 6][:25]
+    assert {6 <= len(ids) < 16 for ids in expected} == {True, False}
+    assert [_real(row, int(n)) for row, n in zip(rows.token_ids, rows.lengths, strict=True)] == (
+        expected
+    )
+    assert rows.hashes == tuple(row_hash(ids) for ids in expected)
+    assert rows.token_ids.shape == (25, 16)
+    assert rows.token_ids.dtype == rows.lengths.dtype == torch.int64
+    assert rows.token_ids[~rows.mask()].unique().tolist() == [PAD_ID]
+    assert torch.equal(rows.mask().sum(1), rows.lengths)
+
+
+def _real(row: torch.Tensor, length: int) -> list[int]:
+    ids: list[int] = row[:length].tolist()
+    return ids
+
+
+def test_pad_leaves_out_what_is_too_short_but_nothing_that_fills_a_row() -> None:
+    lists = [[1], [1, 2], [1, 2, 3], [], [1, 2, 3, 4, 5]]
+    assert list(padded_rows(lists, 4, min_tokens=2)) == [[1, 2], [1, 2, 3], [1, 2, 3, 4]]
+    assert list(padded_rows(lists, 3, min_tokens=32)) == [[1, 2, 3], [1, 2, 3]]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=7), max_size=9))
+def test_no_real_id_stands_behind_a_rows_length(id_lists: list[list[int]]) -> None:
+    rows = rows_of(id_lists, 7)
+    assert rows.token_ids.shape == (len(id_lists), 7)
+    assert rows.token_ids.tolist() == [ids + [0] * (7 - len(ids)) for ids in id_lists]
+    assert rows.mask().tolist() == [[i < len(ids) for i in range(7)] for ids in id_lists]
+
+
+# Mixes
+
+
+def _mix(tmp_path: Path, **changes: Any) -> Calibration:
+    """Conversations, padded, and one long text, packed: three rows to one."""
+    chats = [[{"role": "user", "content": text}] for text in _texts(40)]
+    long_text = tmp_path / "long.txt"
+    long_text.write_text(" ".join(_texts(60, seed=1)), encoding="utf-8")
+    parts = (
+        TextSource(
+            source=_jsonl(tmp_path / "chats.jsonl", ({"messages": chat} for chat in chats)),
+            weight=3,
+        ),
+        TextSource(source=str(long_text), weight=1, layout="pack"),
+    )
+    settings: dict[str, Any] = {"rows": 20, "seqlen": 24, "layout": "pad", "min_tokens": 8}
+    return Calibration(mix=parts, **{**settings, **changes})
+
+
+def test_a_mix_is_its_sources_rows_in_a_new_order(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    mix = _mix(tmp_path)
+    rows = build_rows(mix, tokenizer)
+    settings = {"seqlen": 24, "min_tokens": 8}
+    chats, text = mix.mix
+    expected = [
+        build_rows(Calibration(source=chats.source, rows=15, layout="pad", **settings), tokenizer),
+        build_rows(Calibration(source=text.source, rows=5, layout="pack", **settings), tokenizer),
+    ]
+    hashes = [digest for part in expected for digest in part.hashes]
+    assert sorted(rows.hashes) == sorted(hashes)
+    assert list(rows.hashes) == permuted(hashes, mix.seed) != hashes
+    start = _ids(tokenizer, "<|im_start|>user\n", special=False)
+    is_chat = [row[: len(start)] == start for row in rows.token_ids.tolist()]
+    assert sum(is_chat) == 15
+    assert is_chat[-5:] != [False] * 5, "the sources' rows are not one behind the other"
+    real = [_real(row, int(n)) for row, n in zip(rows.token_ids, rows.lengths, strict=True)]
+    assert rows.hashes == tuple(map(row_hash, real))
+    assert 0 < sum(len(ids) < 24 for ids in real) <= 15
+    assert all(len(ids) == 24 for ids, chat in zip(real, is_chat, strict=True) if not chat)
+
+
+def test_a_mix_is_decided_by_its_seed_and_weights(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    first = build_rows(_mix(tmp_path), tokenizer)
+    again = build_rows(_mix(tmp_path), tokenizer)
+    assert again.hashes == first.hashes
+    assert torch.equal(again.token_ids, first.token_ids)
+    assert torch.equal(again.lengths, first.lengths)
+    assert build_rows(_mix(tmp_path, seed=1), tokenizer).digest != first.digest
+    chats, text = _mix(tmp_path).mix
+    even = _mix(tmp_path).model_copy(
+        update={"mix": (chats.model_copy(update={"weight": 1.0}), text)}
+    )
+    assert build_rows(even, tokenizer).digest != first.digest
+
+
+def test_a_mix_of_one_source_is_that_source(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    source = _source(tmp_path, _texts(30))
+    alone = build_rows(_calibration(source), tokenizer)
+    mixed = Calibration(mix=(TextSource(source=source, weight=7),), rows=8, seqlen=16)
+    assert build_rows(mixed, tokenizer).hashes == alone.hashes
+
+
+def test_sources_that_hold_the_same_text_give_different_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    part = TextSource(source=_source(tmp_path, _texts(40)))
+    rows = build_rows(Calibration(mix=(part, part), rows=12, seqlen=16), tokenizer)
+    assert len(set(rows.hashes)) == 12
+
+
+def test_a_source_of_a_mix_with_too_little_text_is_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    mix = _mix(tmp_path, rows=400)
+    with pytest.raises(DataError) as caught:
+        build_rows(mix, tokenizer)
+    assert str(caught.value) == (
+        f"asked for 300 rows of 24 tokens; {mix.mix[0].source} gave 40; "
+        "use a longer text, fewer rows, a smaller weight, or a smaller min_tokens"
+    )
+    short = tmp_path / "short.txt"
+    short.write_text("the quick fox", encoding="utf-8")
+    parts = (mix.mix[0], TextSource(source=str(short), layout="pack"))
+    with pytest.raises(DataError) as caught:
+        build_rows(mix.model_copy(update={"mix": parts, "rows": 20}), tokenizer)
+    assert str(caught.value) == (
+        f"asked for 5 rows of 24 tokens; {short} gave 0; "
+        "use a longer text, fewer rows, a smaller weight, or a shorter seqlen"
+    )
 
 
 # Order
@@ -131,57 +259,21 @@ def test_documents_are_parted_by_end_of_text_or_else_eos(
 
 def test_the_seed_decides_the_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     source = _source(tmp_path, _texts(60))
+
+    def build(layout: str, seed: int) -> Rows:
+        changes = {"seqlen": 40, "layout": layout, "seed": seed, "min_tokens": 4}
+        return build_rows(_calibration(source, **changes), tokenizer)
+
     built = {
-        (layout, seed): build_rows(_calibration(source, layout=layout, seed=seed), tokenizer)
-        for layout in ("truncate", "pack")
+        (layout, seed): build(layout, seed)
+        for layout in ("truncate", "pack", "pad")
         for seed in (1, 0, 2)
     }
-    assert len({rows.digest for rows in built.values()}) == 6
+    assert len({rows.digest for rows in built.values()}) == 9
     for (layout, seed), rows in built.items():
-        again = build_rows(_calibration(source, layout=layout, seed=seed), tokenizer)
+        again = build(layout, seed)
         assert again.hashes == rows.hashes
         assert torch.equal(again.token_ids, rows.token_ids)
-
-
-def test_the_order_is_the_same_on_every_machine() -> None:
-    texts = [str(number) for number in range(10)]
-    assert "".join(_shuffled_texts(texts, 42)) == "4526039871"
-
-
-def test_a_small_source_is_permuted_as_a_whole() -> None:
-    texts = [str(number) for number in range(500)]
-    out = _shuffled_texts(texts, 0)
-    assert sorted(out) == sorted(texts)
-    moved = [abs(int(text) - index) for index, text in enumerate(out)]
-    assert 120 < sum(moved) / len(moved) < 210  # a uniform permutation: 500 / 3
-
-
-@pytest.mark.parametrize(("name", "bound"), [("BUFFER_DOCUMENTS", 5), ("BUFFER_CHARACTERS", 15)])
-def test_a_large_source_is_shuffled_through_a_bounded_buffer(
-    monkeypatch: pytest.MonkeyPatch, name: str, bound: int
-) -> None:
-    monkeypatch.setattr(rows_module, name, bound)
-    read = 0
-
-    def counted() -> Iterable[Document]:
-        nonlocal read
-        for document in _plain(f"{number:03}" for number in range(100)):
-            read += 1
-            yield document
-
-    out: list[str] = []
-    for document in shuffled(counted(), 0):
-        assert read - len(out) <= 6
-        assert isinstance(document, PlainText)
-        out.append(document.text)
-    assert sorted(out) == [f"{number:03}" for number in range(100)]
-    assert out != sorted(out)
-
-
-def test_conversations_fill_the_buffer_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "BUFFER_CHARACTERS", 50)
-    chats = [Conversation(str(i), ({"role": "user", "content": "x" * 60},)) for i in range(4)]
-    assert list(shuffled(chats, 0)) == chats
 
 
 # Tokens
@@ -205,79 +297,12 @@ def test_text_longer_than_the_tokenizers_limit_is_no_warning(
     assert not records
 
 
-def test_plain_text_gets_the_tokenizers_own_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, marking_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    plain = tokenized(PlainText("", "the fox"), marking_tokenizer)
-    assert plain == [start, *_ids(tokenizer, "the fox")]
-    chat = Conversation("", tuple(CHAT))
-    assert tokenized(chat, marking_tokenizer) == tokenized(chat, tokenizer)
-
-
-def test_a_conversation_is_rendered_with_thinking_and_tools(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    call = {"function": {"name": "f", "arguments": {"city": "Rome"}}}
-    messages = (
-        {"role": "user", "content": "weather"},
-        {"role": "assistant", "content": None, "reasoning_content": "ask", "tool_calls": [call]},
-        {"role": "tool", "content": "fine"},
-    )
-    ids = tokenized(Conversation("", messages, ({"name": "f"},)), tokenizer)
-    assert tokenizer.decode(ids) == (
-        '<|im_start|>system\n[{"name": "f"}]<|im_end|>\n'
-        "<|im_start|>user\nweather<|im_end|>\n"
-        "<|im_start|>assistant\n<think>ask</think>[city=Rome]<|im_end|>\n"
-        "<|im_start|>tool\nfine<|im_end|>\n"
-    )
-
-
 def test_rows_of_conversations(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     chats = [[{"role": "user", "content": text}] for text in _texts(20)]
     source = _jsonl(tmp_path / "chats.jsonl", ({"messages": chat} for chat in chats))
     rows = build_rows(_calibration(source, rows=5), tokenizer)
     start = _ids(tokenizer, "<|im_start|>user\n", special=False)
     assert all(row[: len(start)] == start for row in rows.token_ids.tolist())
-
-
-def _refusal(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
-    with pytest.raises(DataError) as caught:
-        tokenized(document, tokenizer)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_conversation_needs_a_chat_template(bare_tokenizer: PreTrainedTokenizerBase) -> None:
-    assert _refusal(Conversation("a.jsonl: line 3", tuple(CHAT)), bare_tokenizer) == (
-        "a.jsonl: line 3: a conversation, and the tokenizer has no chat template: give plain text"
-    )
-
-
-@pytest.mark.parametrize(
-    ("message", "reason"),
-    [
-        ({"role": "narrator", "content": "once"}, "no narrators here"),
-        (
-            {"role": "user", "content": "", "tool_calls": [{"function": {"arguments": "no"}}]},
-            "Can only get item pairs from a mapping.",
-        ),
-        ({"role": "user", "content": "", "tool_calls": [{}]}, ""),
-    ],
-)
-def test_a_conversation_that_the_template_refuses(
-    tokenizer: PreTrainedTokenizerBase, message: dict[str, Any], reason: str
-) -> None:
-    error = _refusal(Conversation("a.jsonl: line 3", (message,)), tokenizer)
-    assert error.startswith(f"a.jsonl: line 3: the tokenizer's chat template refuses it: {reason}")
-
-
-def test_half_a_surrogate_pair_is_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    text = "fox\ud800"
-    problem = "character 4 is half of a surrogate pair: repair the text or take it out"
-    assert _refusal(PlainText("a.jsonl: line 3", text), tokenizer) == f"a.jsonl: line 3: {problem}"
-    chat = Conversation("a.jsonl: line 3", ({"role": "user", "content": text},))
-    assert "half of a surrogate pair" in _refusal(chat, tokenizer)
 
 
 # Too little text
@@ -289,11 +314,11 @@ def test_too_few_long_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerBa
         build_rows(_calibration(source), tokenizer)
     assert str(caught.value) == (
         f"asked for 8 rows of 16 tokens; {source} gave 7; "
-        'use a longer text, fewer rows, a shorter seqlen, or layout = "pack"'
+        'use a longer text, fewer rows, a shorter seqlen, layout = "pad", or layout = "pack"'
     )
 
 
-@pytest.mark.parametrize("layout", ["truncate", "pack"])
+@pytest.mark.parametrize("layout", ["truncate", "pack", "pad"])
 def test_a_text_shorter_than_one_row(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, layout: str
 ) -> None:
@@ -302,8 +327,9 @@ def test_a_text_shorter_than_one_row(
     with pytest.raises(DataError) as caught:
         build_rows(_calibration(str(path), seqlen=2048, layout=layout), tokenizer)
     ways = {
-        "truncate": 'fewer rows, a shorter seqlen, or layout = "pack"',
+        "truncate": 'fewer rows, a shorter seqlen, layout = "pad", or layout = "pack"',
         "pack": "fewer rows, or a shorter seqlen",
+        "pad": "fewer rows, or a smaller min_tokens",
     }
     assert str(caught.value) == (
         f"asked for 8 rows of 2048 tokens; {path} gave 0; use a longer text, {ways[layout]}"
@@ -315,7 +341,7 @@ def test_equal_rows_count_once(tmp_path: Path, tokenizer: PreTrainedTokenizerBas
     source = _source(tmp_path, texts)
     rows = build_rows(_calibration(source, rows=2), tokenizer)
     assert len(set(rows.hashes)) == 2
-    with pytest.raises(DataError, match=r"gave 2 \(and 1 that it had given before\); use"):
+    with pytest.raises(DataError, match=r"gave 2 \(and 1 that were there already\); use"):
         build_rows(_calibration(source, rows=3), tokenizer)
 
 
@@ -327,18 +353,24 @@ def test_a_hash_is_that_of_little_endian_int64_bytes() -> None:
     assert row_hash(torch.tensor([1, 2, 262143]).tolist()) == HASH_OF_1_2_262143
 
 
+def test_a_hash_covers_the_real_ids_alone() -> None:
+    ids = [1, 2, 262143]
+    padded, full = rows_of([ids], 8), rows_of([ids], 3)
+    assert padded.hashes == full.hashes == (HASH_OF_1_2_262143,)
+    assert padded.digest == full.digest
+    assert rows_of([[*ids, PAD_ID]], 8).digest != padded.digest
+
+
 def test_the_digest_depends_on_every_row_and_their_order() -> None:
-    lists = [[[1, 2], [3, 4]], [[3, 4], [1, 2]], [[1, 2]], [[1, 2, 3, 4]]]
-    digests = {Rows(torch.tensor(ids), tuple(map(row_hash, ids))).digest for ids in lists}
-    assert len(digests) == 4
+    lists = [[[1, 2], [3, 4]], [[3, 4], [1, 2]], [[1, 2]], [[1, 2, 3, 4]], [[1, 2], [3]]]
+    assert len({rows_of(ids, 4).digest for ids in lists}) == 5
     # sha256sum of the one hash's hexadecimal digits
-    one = Rows(torch.tensor([[1, 2, 262143]]), (HASH_OF_1_2_262143,))
+    one = Rows(torch.tensor([[1, 2, 262143]]), torch.tensor([3]), (HASH_OF_1_2_262143,))
     assert one.digest == "f21cb0ab94d0a1abf544442eca23bebe7a2f3e2a87e6a9c2d38ee34547c98736"
 
 
 def test_evaluation_on_calibration_rows_is_refused() -> None:
-    ids = [[1, 2], [3, 4], [5, 6]]
-    rows = Rows(torch.tensor(ids), tuple(map(row_hash, ids)))
+    rows = rows_of([[1, 2], [3, 4], [5, 6]], 2)
     refuse_overlap(rows, [])
     refuse_overlap(rows, (row_hash([2, 1]),))
     with pytest.raises(DataError) as caught:
@@ -347,3 +379,5 @@ def test_evaluation_on_calibration_rows_is_refused() -> None:
         "2 of 3 evaluation rows were used in calibration (the first is row 1): "
         "evaluate on other text"
     )
+    with pytest.raises(DataError, match="1 of 2 evaluation rows"):
+        refuse_overlap(rows_of([[5, 6], [5]], 9), rows.hashes)

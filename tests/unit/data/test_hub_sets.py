@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ datasets = pytest.importorskip("datasets", reason="needs the extra 'data'")
 httpx = datasets.utils.file_utils.httpx
 
 CLOSED_PORT = "http://127.0.0.1:9"
+A_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
 @pytest.fixture(autouse=True)
@@ -33,25 +36,37 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-class _Loader:
-    """Stands in for ``datasets.load_dataset``."""
+class _Hub:
+    """Stands in for ``datasets.load_dataset_builder`` and the builder that it returns."""
 
-    def __init__(self, outcome: Any) -> None:
+    def __init__(self, outcome: Any, commit: str | None = None) -> None:
         self.outcome = outcome
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.was_offline: bool | None = None
+        self.commit = commit
+        self.hash: str | None = None
+        self.asked: list[tuple[str, str, str]] = []
+        self.splits: list[str] = []
+        self.is_prepared = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((args, kwargs))
-        self.was_offline = datasets.config.HF_HUB_OFFLINE
+    def __call__(self, path: str, config: str, *, revision: str) -> _Hub:
+        self.asked.append((path, config, revision))
+        self.hash = self.commit or revision
+        return self
+
+    def download_and_prepare(self) -> None:
         if isinstance(self.outcome, Exception):
             raise self.outcome
+        self.is_prepared = True
+
+    def as_dataset(self, split: str) -> Any:
+        assert self.is_prepared
+        self.splits.append(split)
         return self.outcome
 
 
-def _load_gives(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> _Loader:
-    loader = _Loader(outcome)
-    monkeypatch.setattr(datasets, "load_dataset", loader)
+def _hub_gives(monkeypatch: pytest.MonkeyPatch, outcome: Any, commit: str | None = None) -> _Hub:
+    loader = _Hub(outcome, commit)
+    monkeypatch.setattr(datasets, "load_dataset_builder", loader)
+    monkeypatch.setattr(hub, "_is_reachable", lambda _: True)
     return loader
 
 
@@ -59,8 +74,8 @@ def test_the_table() -> None:
     rows = {name: (s.path, s.config, s.split, s.is_one_document) for name, s in HUB_SETS.items()}
     wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1")
     assert rows == {
-        "pile-10k": ("NeelNanda/pile-10k", None, "train", False),
-        "ultrachat_200k": ("HuggingFaceH4/ultrachat_200k", None, "train_sft", False),
+        "pile-10k": ("NeelNanda/pile-10k", "default", "train", False),
+        "ultrachat_200k": ("HuggingFaceH4/ultrachat_200k", "default", "train_sft", False),
         "wikitext-2-raw": (*wikitext, "train", True),
         "wikitext-2-raw-test": (*wikitext, "test", True),
     }
@@ -69,34 +84,110 @@ def test_the_table() -> None:
 
 def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "meta": [{"set": "x"}, {"set": "y"}]})
-    loader = _load_gives(monkeypatch, rows)
+    loader = _hub_gives(monkeypatch, rows)
     documents = open_source("pile-10k")
-    assert not loader.calls, "nothing is loaded before the first document is asked for"
+    assert not loader.asked, "nothing is loaded before the first document is asked for"
     assert list(documents) == [
         PlainText("pile-10k: row 1", "a"),
         PlainText("pile-10k: row 2", "b"),
     ]
-    revision = HUB_SETS["pile-10k"].revision
-    expected = (("NeelNanda/pile-10k", None), {"split": "train", "revision": revision})
-    assert loader.calls == [expected]
+    assert loader.asked == [("NeelNanda/pile-10k", "default", HUB_SETS["pile-10k"].revision)]
+    assert loader.splits == ["train"]
 
 
 def test_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "tool", "content": "a", "name": "f"}]
     rows = datasets.Dataset.from_dict({"prompt": ["hi"], "prompt_id": ["0"], "messages": [chat]})
-    _load_gives(monkeypatch, rows)
+    _hub_gives(monkeypatch, rows)
     assert list(open_source("ultrachat_200k")) == [
         Conversation("ultrachat_200k: row 1", tuple(chat))
     ]
 
 
 def test_wikitext_is_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = _load_gives(
+    loader = _hub_gives(
         monkeypatch, datasets.Dataset.from_dict({"text": ["", " = A = \n", "", " a b . \n"]})
     )
     (document,) = open_source("wikitext-2-raw-test")
     assert document == PlainText("wikitext-2-raw-test", "\n\n = A = \n\n\n\n\n a b . \n")
-    assert loader.calls[0][0] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert loader.asked[0][:2] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert loader.splits == ["test"]
+
+
+def test_no_more_of_a_data_set_is_decoded_than_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded: list[str] = []
+
+    def noted(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+        assert list(batch) == ["text"]
+        decoded.extend(batch["text"])
+        return batch
+
+    texts = [str(number) for number in range(1000)]
+    rows = datasets.Dataset.from_dict({"image": texts, "text": texts})
+    _hub_gives(monkeypatch, rows.with_transform(noted))
+    assert len(list(islice(open_source("pile-10k"), 5))) == 5
+    assert decoded == texts[:5]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("hf:org/set@REV:train", ("org/set", "default", "train")),
+        ("hf:Or-g.1/se_t/wiki-v1.5@REV:test.x", ("Or-g.1/se_t", "wiki-v1.5", "test.x")),
+    ],
+)
+def test_any_data_set_by_its_address(
+    monkeypatch: pytest.MonkeyPatch, source: str, expected: tuple[str, str, str]
+) -> None:
+    source = source.replace("REV", A_COMMIT)
+    rows = datasets.Dataset.from_dict({"text": [None, "b"], "conversations": [CHAT, None]})
+    loader = _hub_gives(monkeypatch, rows)
+    assert list(open_source(source)) == [
+        Conversation(f"{source}: row 1", tuple(CHAT)),
+        PlainText(f"{source}: row 2", "b"),
+    ]
+    path, config, split = expected
+    assert loader.asked == [(path, config, A_COMMIT)]
+    assert loader.splits == [split]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "hf:",
+        "hf:org/set",
+        "hf:org/set:train",
+        "hf:org/set@main:train",
+        f"hf:org/set@{A_COMMIT[:-1]}:train",
+        f"hf:org/set@{A_COMMIT}0:train",
+        f"hf:org/set@{A_COMMIT.upper()}:train",
+        f"hf:org/set@{A_COMMIT}",
+        f"hf:org/set@{A_COMMIT}:",
+        f"hf:org/set@{A_COMMIT}:train[:5%]",
+        f"hf:set@{A_COMMIT}:train",
+        f"hf:org/set/a/b@{A_COMMIT}:train",
+        f"hf: org/set@{A_COMMIT}:train",
+    ],
+)
+def test_an_address_of_another_form_is_refused_at_once(source: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(source)
+    assert str(caught.value) == (
+        f"{source!r} is not hf:OWNER/NAME@COMMIT:SPLIT or hf:OWNER/NAME/CONFIG@COMMIT:SPLIT, "
+        "with all 40 digits of a commit of the data set (a branch or a tag may move)"
+    )
+
+
+def test_a_data_set_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"body": ["a"], "tools": [None]})
+    _hub_gives(monkeypatch, rows)
+    with pytest.raises(DataError) as caught:
+        list(open_source("pile-10k"))
+    assert str(caught.value) == (
+        "pile-10k: no column text or messages or conversations; the columns are 'body', 'tools'"
+    )
 
 
 def _http_error() -> HfHubHTTPError:
@@ -116,21 +207,30 @@ def _http_error() -> HfHubHTTPError:
             datasets.exceptions.DatasetGenerationError("half a file"),
             "DatasetGenerationError: half a file",
         ),
-        (ValueError("Couldn't find cache"), "ValueError: Couldn't find cache"),
+        (ValueError("Unknown split"), "ValueError: Unknown split"),
         (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
     ],
 )
 def test_what_can_go_wrong_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
-    _load_gives(monkeypatch, error)
+    _hub_gives(monkeypatch, error)
     with pytest.raises(DataError) as caught:
         list(open_source("pile-10k"))
     assert str(caught.value) == (
-        "pile-10k: NeelNanda/pile-10k is not to be had from the Hugging Face hub or the local "
-        f"cache ({reason}): connect once to fill the cache, or give a .txt, .jsonl or .parquet "
-        "file, or 'stdlib'"
+        "pile-10k: cannot load split train of NeelNanda/pile-10k (default) at "
+        f"{HUB_SETS['pile-10k'].revision} ({reason}): check these, or give a .txt, .jsonl or "
+        ".parquet file, or 'stdlib'"
     )
+
+
+def test_another_commit_than_the_one_asked_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loader = _hub_gives(monkeypatch, datasets.Dataset.from_dict({"text": ["a"]}), A_COMMIT)
+    with pytest.raises(DataError, match=rf"only {A_COMMIT} is to be had"):
+        list(open_source("pile-10k"))
+    assert not loader.is_prepared
 
 
 def test_without_the_packages_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,29 +239,60 @@ def test_without_the_packages_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         list(open_source("pile-10k"))
 
 
-def test_the_real_load_gives_up_soon_without_a_hub() -> None:
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_the_real_load_gives_up_soon_without_a_hub(
+    monkeypatch: pytest.MonkeyPatch, is_offline: bool
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", is_offline)
     start = time.monotonic()
-    with pytest.raises(DataError, match=r"pile-10k .*cache \(ConnectionError: .*'stdlib'$"):
+    with pytest.raises(DataError) as caught:
         list(open_source("pile-10k"))
     assert time.monotonic() - start < 10
-    assert datasets.config.HF_HUB_OFFLINE is False
+    assert str(caught.value) == (
+        f"pile-10k: NeelNanda/pile-10k at {HUB_SETS['pile-10k'].revision} is not in the local "
+        "cache, and the Hugging Face hub does not answer: connect once to fill the cache, or give "
+        "a .txt, .jsonl or .parquet file, or 'stdlib'"
+    )
 
 
-def test_the_real_load_takes_a_cached_copy_without_a_hub(tmp_path: Path) -> None:
-    source = tmp_path / "a.jsonl"
-    source.write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+def _fill_cache(folder: Path, revision: str, texts: list[str]) -> None:
+    """Puts a copy of pile-10k where ``datasets`` would, made by ``datasets`` from a file."""
+    source = folder / f"{revision}.jsonl"
+    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
     made = datasets.load_dataset(
-        "json", data_files=str(source), split="train", cache_dir=str(tmp_path / "made")
+        "json", data_files=str(source), split="train", cache_dir=str(folder / "made")
     )
     arrow = Path(made.cache_files[0]["filename"])
-    cached = tmp_path / "cache" / "NeelNanda___pile-10k" / "default" / "0.0.0" / "f00"
+    cached = folder / "cache" / "NeelNanda___pile-10k" / "default" / "0.0.0" / revision
     cached.mkdir(parents=True)
     shutil.copy(arrow, cached / "pile-10k-train.arrow")
     info = json.loads((arrow.parent / "dataset_info.json").read_text(encoding="utf-8"))
     info.update(dataset_name="pile-10k", config_name="default", builder_name="parquet")
     (cached / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+
+def test_the_commits_copy_in_the_cache_is_taken_without_asking_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _fill_cache(tmp_path, HUB_SETS["pile-10k"].revision, ["one", "two"])
+    _fill_cache(tmp_path, A_COMMIT, ["newer"])
+
+    def refuse(_: object) -> bool:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr(hub, "_is_reachable", refuse)
     texts = [d.text for d in open_source("pile-10k") if isinstance(d, PlainText)]
     assert texts == ["one", "two"]
+    address = f"hf:NeelNanda/pile-10k@{A_COMMIT}:train"
+    assert list(open_source(address)) == [PlainText(f"{address}: row 1", "newer")]
+    with pytest.raises(DataError, match=r"cannot load split test .*Unknown split"):
+        list(open_source(address.replace(":train", ":test")))
+
+
+def test_another_commits_copy_in_the_cache_is_not_taken(tmp_path: Path) -> None:
+    _fill_cache(tmp_path, A_COMMIT, ["newer"])
+    with pytest.raises(DataError, match="is not in the local cache"):
+        list(open_source("pile-10k"))
 
 
 @pytest.fixture
@@ -204,7 +335,4 @@ def test_the_hub_is_asked_once_whether_it_is_there(
     monkeypatch.setattr(server, "status", status)
     monkeypatch.setattr(server, "delay", delay)
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
-    loader = _load_gives(monkeypatch, datasets.Dataset.from_dict({"text": ["a"]}))
-    assert len(list(open_source("pile-10k"))) == 1
-    assert loader.was_offline is not is_reachable
-    assert datasets.config.HF_HUB_OFFLINE is False
+    assert hub._is_reachable(HUB_SETS["pile-10k"]) is is_reachable

@@ -90,7 +90,8 @@ def test_an_unknown_source_is_refused_at_once(source: str) -> None:
         open_source(source)
     assert str(caught.value) == (
         f"unknown source {source!r}: give pile-10k, ultrachat_200k, wikitext-2-raw, "
-        "wikitext-2-raw-test, stdlib, stdlib-heldout, or a file ending in .txt, .jsonl, .parquet"
+        "wikitext-2-raw-test, stdlib, stdlib-heldout, hf:OWNER/NAME@COMMIT:SPLIT, "
+        "or a file ending in .txt, .jsonl, .parquet"
     )
 
 
