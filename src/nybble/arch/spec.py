@@ -32,13 +32,42 @@ class InputGroup:
     members: tuple[str, ...]
     """Module names relative to the block."""
     part: str
+    fused: str
+    """What engines call the one module they make of them; a lone member's own name."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of each block: gated MLPs that transformers holds as two stacks.
+
+    Of E experts, ``gate_up_proj`` is [E, 2 inner, hidden] and ``down_proj`` [E, hidden, inner].
+    A checkpoint holds these stacks, or each expert's three Linears; a quantized one the latter.
+    """
+
+    module: str
+    """Name relative to the block, e.g. ``mlp.experts``."""
+    count: int
+
+    def stacked_modules(self, parameter: str) -> tuple[str, ...]:
+        """Names of the Linears of a stack in the order of its rows; empty for another parameter."""
+        owner, _, stack = parameter.rpartition(".")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(stack)
+        if parts is None or not owner.endswith(f".{self.module}"):
+            return ()
+        return tuple(f"{owner}.{i}.{part}" for i in range(self.count) for part in parts)
 
 
 @dataclass(frozen=True)
 class MtpSpec:
-    """The multi-token-prediction head of a checkpoint."""
+    """The multi-token-prediction head of a checkpoint: a fusion, one decoder layer, a norm."""
 
+    declared: bool
+    """Whether config.json calls for it; else there is one if any of its tensors is stored."""
     prefix: str
+    layer_prefix: str
+    """What precedes the names of its decoder layer's tensors, e.g. ``mtp.layers.0.``."""
+    input_groups: tuple[InputGroup, ...]
+    """Of its decoder layer."""
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of every tensor of the head, by full name."""
     build: Callable[[], nn.Module]
@@ -54,6 +83,8 @@ class Architecture:
     text_prefix: str
     """What precedes the text model's own parameter names, e.g. ``model.language_model.``."""
     num_blocks: int
+    layer_kinds: tuple[str, ...]
+    """What each block attends with: ``full``, ``sliding`` (a window) or ``linear``."""
     lm_head: str
     """Tensor name of the output head (the embedding's own where they are tied)."""
     input_groups: tuple[InputGroup, ...]
@@ -61,6 +92,9 @@ class Architecture:
     mtp: MtpSpec | None
     build_text_model: Callable[[], PreTrainedModel]
     """The text model without its head; build it under ``torch.device("meta")``."""
+    embedding_scale: float = 1.0
+    """What the model multiplies its token embeddings with, rounded to their dtype first."""
+    experts: Experts | None = None
 
     @property
     def blocks_prefix(self) -> str:
@@ -72,8 +106,15 @@ class Architecture:
         """Tensor name of the input embedding."""
         return f"{self.text_prefix}embed_tokens.weight"
 
+    @property
+    def final_norm(self) -> str:
+        """Tensor name of the norm between the last block and the head."""
+        return f"{self.text_prefix}norm.weight"
+
     def block_prefix(self, index: int) -> str:
-        """What precedes the names of one block's tensors."""
+        """What precedes the names of one block's tensors; the MTP layer counts as the last."""
+        if self.mtp is not None and index == self.num_blocks:
+            return self.mtp.layer_prefix
         return f"{self.blocks_prefix}.{index}."
 
 

@@ -126,18 +126,25 @@ def test_inputs_of_linears_are_told_while_asked_for(
 ) -> None:
     block = of_block(weights, 3)
     told: dict[str, torch.Tensor] = {}
-    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj"]
+    names = [f"{m}.weight" for m in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+    names += ["mlp.gate_proj.weight", "mlp.down_proj.weight"]
     hidden = torch.randn(2, SEQLEN, 128, generator=torch.Generator().manual_seed(0))
-    with runner.inputs_of(3, [*names, "mlp.down_proj"], told.__setitem__):
+
+    def note(name: str, expert: int, rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        assert (expert, tokens) == (0, None)
+        assert name not in told
+        told[name] = rows
+
+    with runner.inputs_of(3, names, note):
         runner(3, block, hidden)
-    assert set(told) == {*names, "mlp.down_proj"}
+    assert set(told) == set(names)
     variance = hidden.square().mean(dim=-1, keepdim=True)
     normed = hidden * torch.rsqrt(variance + 1e-6) * (1 + block["input_layernorm.weight"])
     for name in names[:3]:
-        assert torch.allclose(told[name], normed, atol=1e-5)
-    inner = told["mlp.gate_proj"]
+        assert torch.allclose(told[name], normed.flatten(0, 1), atol=1e-5)
+    inner = told["mlp.gate_proj.weight"]
     gate, up = (inner @ block[f"mlp.{n}_proj.weight"].T for n in ("gate", "up"))
-    assert torch.allclose(told["mlp.down_proj"], silu(gate) * up, atol=1e-5)
+    assert torch.allclose(told["mlp.down_proj.weight"], silu(gate) * up, atol=1e-5)
     told.clear()
     runner(3, block, hidden)
     assert not told

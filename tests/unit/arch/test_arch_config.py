@@ -21,7 +21,7 @@ def refused(config: dict[str, Any], kind: type[NybbleError] = CheckpointError) -
 
 @pytest.mark.parametrize(
     "names",
-    [["LlamaForCausalLM"], [], None, "Qwen3_5ForCausalLM", {}, [{}], [None], [["x"]]],
+    [["GPT2LMHeadModel"], [], None, "Qwen3_5ForCausalLM", {}, [{}], [None], [["x"]]],
     ids=repr,
 )
 def test_an_unknown_architecture_is_told_what_is_supported(names: object) -> None:

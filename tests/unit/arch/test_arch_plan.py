@@ -21,8 +21,10 @@ from nybble.checkpoint.headers import SAFETENSORS_DTYPES, TensorInfo
 from nybble.checkpoint.index import CheckpointIndex
 from nybble.core.errors import PlanError
 from nybble.quant.grid import IntGrid
+from nybble.recipe.schema import Scheme
 
 GRID = IntGrid(bits=4, group_size=128, signed_scales=True)
+SCHEME = Scheme()
 FORMS = [Tiny(), Tiny(wrapper=False), Tiny(float32_a_log=True), Tiny(tied=True), Tiny(mtp=False)]
 Change = Callable[[dict[str, TensorInfo]], object]
 
@@ -40,14 +42,14 @@ def index_of(tiny: Tiny, change: Change = lambda _infos: None) -> CheckpointInde
 
 
 def plan_of(
-    tiny: Tiny = FORMS[0], change: Change = lambda _infos: None, grid: IntGrid = GRID
+    tiny: Tiny = FORMS[0], change: Change = lambda _infos: None, scheme: Scheme = SCHEME
 ) -> TensorPlan:
-    return plan_tensors(architecture_of(tiny_config(tiny)), index_of(tiny, change), grid)
+    return plan_tensors(architecture_of(tiny_config(tiny)), index_of(tiny, change), scheme)
 
 
-def refused(tiny: Tiny = FORMS[0], change: Change = lambda _: None, grid: IntGrid = GRID) -> str:
+def refused(tiny: Tiny = FORMS[0], change: Change = lambda _: None, scheme: Scheme = SCHEME) -> str:
     with pytest.raises(PlanError) as caught:
-        plan_of(tiny, change, grid)
+        plan_of(tiny, change, scheme)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -80,7 +82,9 @@ def test_every_tensor_has_a_fate_in_the_checkpoints_order(tiny: Tiny) -> None:
 def test_exactly_the_big_linears_of_the_trunk_are_quantized(tiny: Tiny) -> None:
     quantized = dict(plan_of(tiny).all_quantized())
     assert set(quantized) == {f"{module}.weight" for module in quantized_modules(tiny.prefix)}
-    assert {fate.module for fate in quantized.values()} == quantized_modules(tiny.prefix)
+    assert {fate.modules for fate in quantized.values()} == {
+        (module,) for module in quantized_modules(tiny.prefix)
+    }
     assert {fate.grid for fate in quantized.values()} == {GRID}
 
 
@@ -123,7 +127,7 @@ def test_the_rest_is_kept_and_belongs_to_a_part(name: str, part: str) -> None:
 
 
 def test_quantized_weights_belong_to_a_part() -> None:
-    parts = {fate.module.split(".", 4)[4]: fate.part for _, fate in plan_of().all_quantized()}
+    parts = {fate.modules[0].split(".", 4)[4]: fate.part for _, fate in plan_of().all_quantized()}
     assert {parts[f"linear_attn.{n}"] for n in ("in_proj_qkv", "in_proj_z", "out_proj")} == {"gdn"}
     assert {parts[f"self_attn.{n}_proj"] for n in "qkvo"} == {"attention"}
     assert {parts[f"mlp.{n}_proj"] for n in ("gate", "up", "down")} == {"mlp"}
@@ -157,7 +161,7 @@ def test_a_tensor_that_two_rules_claim_is_refused() -> None:
     arch = architecture_of(tiny_config(Tiny()))
     rule = KeepRule(r".*\.layers\.0\.mlp\.up_proj\.weight", "mlp", "on trial")
     with pytest.raises(PlanError, match=r"layers\.0\.mlp\.up_proj\.weight .* 2 rules claim it"):
-        plan_tensors(_with_rule(arch, rule), index_of(Tiny()), GRID)
+        plan_tensors(_with_rule(arch, rule), index_of(Tiny()), Scheme())
 
 
 def _with_rule(arch: Architecture, rule: KeepRule) -> Architecture:
@@ -193,7 +197,7 @@ def test_a_whole_missing_mtp_head_is_told_without_a_flood_of_names() -> None:
 def test_an_mtp_head_that_the_config_does_not_declare_is_refused() -> None:
     arch = architecture_of(tiny_config(Tiny(mtp=False)))
     with pytest.raises(PlanError, match=r"mtp\.fc\.weight.*mtp_num_hidden_layers"):
-        plan_tensors(arch, index_of(Tiny()), GRID)
+        plan_tensors(arch, index_of(Tiny()), Scheme())
 
 
 @pytest.mark.parametrize(
@@ -242,19 +246,19 @@ def test_a_base_of_floating_point_weights_is_taken(dtype: str) -> None:
 
 @pytest.mark.parametrize("group_size", [96, 256])
 def test_a_group_size_that_does_not_divide_the_inputs_is_refused(group_size: int) -> None:
-    message = refused(grid=IntGrid(4, group_size, True))
-    assert f"{WRAPPER_PREFIX}layers.0.linear_attn.in_proj_qkv.weight" in message
+    message = refused(scheme=Scheme(group_size=group_size))
+    assert f"{WRAPPER_PREFIX}layers.0.linear_attn.in_proj_qkv has" in message
     assert f"({group_size})" in message
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_a_group_size_that_divides_the_inputs_is_taken(group_size: int) -> None:
-    assert len(list(plan_of(grid=IntGrid(4, group_size, True)).all_quantized())) == 25
+    assert len(list(plan_of(scheme=Scheme(group_size=group_size)).all_quantized())) == 25
 
 
 def test_outputs_that_do_not_fill_packed_words_are_refused() -> None:
     heads = Tiny(text=(("linear_num_value_heads", 6), ("linear_value_head_dim", 24)))
-    message = refused(heads, grid=IntGrid(4, 32, True))
+    message = refused(heads, scheme=Scheme(group_size=32))
     assert "layers.0.linear_attn" in message
     assert "272 x 128" in message
 
