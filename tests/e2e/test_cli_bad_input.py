@@ -116,9 +116,9 @@ def test_a_pickle(tiny_base: Path, tmp_path: Path, refused: Callable[..., str]) 
 def test_another_architecture(make_tiny: Make, refused: Callable[..., str]) -> None:
     base = make_tiny()
     config = read_json(base / "config.json")
-    write_json(base / "config.json", {**config, "architectures": ["LlamaForCausalLM"]})
+    write_json(base / "config.json", {**config, "architectures": ["GPT2LMHeadModel"]})
     message = refused(base, *ROUND)
-    assert "LlamaForCausalLM" in message
+    assert "GPT2LMHeadModel" in message
     assert "Qwen3_5ForConditionalGeneration" in message
 
 
@@ -235,13 +235,14 @@ def test_an_unknown_recipe(tiny_base: Path, refused: Callable[..., str], recipe:
         ("scheme.bits", "section.key=value"),
         ("scheme.bits=four", "scheme.bits"),
         ("scheme.bits=9", "scheme.bits"),
-        ("scheme.bits=3", "bits"),
         ("scheme.bits=5", "bits"),
+        ("scheme.mtp_bits=3", "mtp_bits"),
+        ("scheme.lm_head_bits=2", "lm_head_bits"),
         ("scheme.group_size=0", "group_size"),
         ("scheme.group_size=48", "group_size"),
         ("scheme.group_size=256", "group size"),
         ("algorithm.name=magic", "algorithm"),
-        ("algorithm.iters=0", "iters"),
+        ("algorithm.iters=-1", "iters"),
         ("algorithm.lr=-1", "lr"),
         ("calibration.rows=0", "rows"),
         ("calibration.layout=shuffle", "layout"),

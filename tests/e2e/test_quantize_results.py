@@ -186,15 +186,30 @@ def test_the_log_has_a_row_of_finite_numbers_for_each_module(result: Path) -> No
 def test_the_log_tells_what_each_algorithm_measured(
     signround_result: Path, importance_result: Path, rtn_result: Path
 ) -> None:
-    trained = {"relative_output_error", "block_loss_start", "block_loss", "best_iter"}
-    measured = {"relative_output_error", "block_loss"}
+    always = {
+        "module",
+        "block",
+        "part",
+        "out_features",
+        "in_features",
+        "bits",
+        "group_size",
+        "algorithm",
+        "sqnr_db",
+        "too_few_tokens",
+        "block_seconds",
+    }
+    measured = {"tokens", "output_error"}
+    trained = measured | {"block_loss_start", "block_loss", "best_iter"}
     for folder, columns in (
         (signround_result, trained),
         (importance_result, measured),
         (rtn_result, set()),
     ):
         for row in log_of(folder):
-            assert {key for key in trained if row[key] != ""} == columns
+            assert {key for key in row if row[key] != ""} == always | columns
+            assert row["tokens"] in ("", "256")
+            assert row["too_few_tokens"] == "0"
 
 
 def test_the_log_agrees_with_the_weights(tiny_base: Path, result: Path) -> None:
@@ -243,7 +258,7 @@ def test_output_errors_are_weighed_by_the_bases_own_inputs(
         codes, scales = codes_and_scales(stored, module)
         error = (weight - torch.from_numpy(codes * scales)).square() @ sums[module]
         expected = float(error.sum() / (weight.square() @ sums[module]).sum())
-        assert float(row["relative_output_error"]) == pytest.approx(expected, rel=1e-3), module
+        assert float(row["output_error"]) == pytest.approx(expected, rel=1e-3), module
 
 
 def first_rows(calibration: Calibration) -> torch.Tensor:

@@ -21,6 +21,7 @@ from nybble.recipe.schema import Calibration
 
 ROOT = Path(__file__).parents[2]
 ENGINE_PYTHON = ROOT / ".engine-venv" / "bin" / "python"
+LOADER_PYTHON = ROOT / ".loader-venv" / "bin" / "python"
 NEW_TOKENS = 48
 
 
@@ -81,18 +82,34 @@ def run_vllm(
 
 
 @pytest.fixture(scope="session")
-def run_auto_round(
-    heldout_prompts: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Path, str], tuple[dict[str, Any], Path]]:
-    """(checkpoint, auto class) -> what the loader found, and the file with its logits."""
-    folder = tmp_path_factory.mktemp("auto_round")
-    program = Path(__file__).with_name("auto_round_loader.py")
+def loader_ids(heldout_prompts: torch.Tensor) -> torch.Tensor:
+    """The tokens that every loader's model is run on, int64 [prompts, tokens]."""
+    return heldout_prompts[:2]
 
-    def run(checkpoint: Path, auto_class: str) -> tuple[dict[str, Any], Path]:
-        ids_file, logits_file = folder / "ids.json", folder / f"{auto_class}.safetensors"
-        ids_file.write_text(json.dumps(heldout_prompts[:2].tolist()))
-        command = [sys.executable, str(program), str(checkpoint), auto_class]
+
+@pytest.fixture(scope="session")
+def run_transformers(
+    loader_ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, str, str], tuple[dict[str, Any], Path]]:
+    """(checkpoint, auto class, loader) -> what transformers_loader found, and its logits file.
+
+    Loaders: "optimum" has an environment of its own, "auto_round reads gptq" is asked for by an
+    option; any other name says only what the checkpoint's own format brings with it.
+    """
+    folder = tmp_path_factory.mktemp("transformers")
+    program = Path(__file__).with_name("transformers_loader.py")
+    ids_file = folder / "ids.json"
+    ids_file.write_text(json.dumps(loader_ids.tolist()))
+
+    def run(checkpoint: Path, auto_class: str, loader: str) -> tuple[dict[str, Any], Path]:
+        python = LOADER_PYTHON if loader == "optimum" else Path(sys.executable)
+        if not python.exists():
+            pytest.skip("no environment with optimum: make loader-env builds it")
+        logits_file = folder / "logits.safetensors"
+        command = [str(python), str(program), str(checkpoint), auto_class]
         command += [str(ids_file), str(logits_file)]
+        if loader == "auto_round reads gptq":
+            command += ["--through", "auto-round"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.splitlines()[-1]), logits_file

@@ -22,7 +22,7 @@ def options_of(command: Any) -> dict[str, list[str]]:
 
 
 def test_the_commands() -> None:
-    assert sorted(commands()) == ["demo", "inspect", "quantize", "recipes"]
+    assert sorted(commands()) == ["convert", "demo", "inspect", "quantize", "recipes"]
 
 
 def test_the_options_of_quantize() -> None:
@@ -42,6 +42,14 @@ def test_the_options_of_inspect() -> None:
         "recipe": ["--recipe", "-r"],
         "overrides": ["--set"],
         "every_tensor": ["--tensors"],
+    }
+
+
+def test_the_options_of_convert() -> None:
+    assert options_of(commands()["convert"]) == {
+        "checkpoint": ["checkpoint"],
+        "out": ["--out", "-o"],
+        "to": ["--format", "-f"],
     }
 
 

@@ -72,12 +72,44 @@ def inspect(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a quantized checkpoint.", metavar="CKPT")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")],
+    to: Annotated[
+        str, typer.Option("--format", "-f", help="auto_round, gptq or compressed-tensors.")
+    ],
+) -> None:
+    """Rewrite a quantized checkpoint in another format: same codes, same scales, no loss."""
+    from nybble.cli import convert as command
+
+    with _interruptible():
+        command.run(local_folder(checkpoint), out, to)
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that come with nybble."""
     from nybble.recipe.load import load_recipe, shipped_recipes
 
     for name in shipped_recipes():
         typer.echo(f"{name:24} {load_recipe(name).summary()}")
+
+
+@app.command()
+def log(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a result, or its quant_log.csv.", metavar="CKPT")
+    ],
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the log as a figure: FILE.png or FILE.svg.")
+    ] = None,
+) -> None:
+    """Show how the quantized modules fared: errors, what calibration met, the worst ones."""
+    from nybble.cli import log as command
+
+    command.run(checkpoint, plot)
 
 
 @app.command()

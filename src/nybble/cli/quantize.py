@@ -13,10 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from nybble.cli.inspect import print_architecture, print_sizes
 from nybble.cli.tables import console, human_bytes, human_seconds, plan_table
+from nybble.packing.formats import FORMATS
 from nybble.pipeline.estimate import estimate
 from nybble.pipeline.events import OnEvent, Step
 from nybble.pipeline.manifest import peak_rss_bytes
-from nybble.pipeline.quantize import quantize
+from nybble.pipeline.quantize import QUANT_LOG, quantize
 from nybble.recipe.load import load_recipe
 from nybble.recipe.schema import Recipe
 
@@ -31,6 +32,12 @@ def run(model: Path, out: Path, recipe: Recipe, device: str) -> None:
     if result.already_finished:
         console.print(f"{out} already holds this result; nothing to do", soft_wrap=True)
         return
+    if result.uncalibrated_experts:
+        console.print(
+            f"{result.uncalibrated_experts} of {result.experts} experts' Linears saw too few "
+            f"calibration tokens and were rounded to nearest: see {out / QUANT_LOG}",
+            soft_wrap=True,
+        )
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     console.print(
         f"{out}: {human_bytes(size)}, in {human_seconds(time.monotonic() - began)}, "
@@ -44,8 +51,8 @@ def print_estimate(model: Path, recipe: Recipe, device: str) -> None:
     needs = estimate(model, recipe, device)
     console.print(recipe.summary())
     print_architecture(needs.arch)
-    console.print(plan_table(needs.arch, needs.plan, every_tensor=False))
-    print_sizes(needs.plan)
+    console.print(plan_table(needs.arch, needs.plan, FORMATS[recipe.format], every_tensor=False))
+    print_sizes(needs.plan, recipe)
     console.print(
         f"memory: {human_bytes(needs.block_bytes)} for a block and its training, "
         f"{human_bytes(needs.stream_bytes)} for the calibration rows, beside one batch's "

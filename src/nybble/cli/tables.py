@@ -10,7 +10,7 @@ from rich.table import Table
 from nybble.arch.plan import Fate, Quantize, TensorPlan
 from nybble.arch.spec import Architecture
 from nybble.checkpoint.headers import TensorInfo
-from nybble.packing.auto_round import packed_specs
+from nybble.packing.format import Format
 
 console = Console(highlight=False, markup=False)
 
@@ -42,12 +42,14 @@ def table(text_columns: list[str], number_columns: list[str]) -> Table:
     return made
 
 
-def plan_table(arch: Architecture, plan: TensorPlan, every_tensor: bool) -> Table:
+def plan_table(
+    arch: Architecture, plan: TensorPlan, file_format: Format, every_tensor: bool
+) -> Table:
     """Fates and sizes: a line per part and fate, or one per tensor."""
     rows: dict[tuple[str, str], tuple[dict[str, None], list[int]]] = {}
     made = table(["part", "fate", "tensors"], ["count", "base", "result"])
     for name, fate in plan.fates.items():
-        sizes = [1, plan.infos[name].nbytes, result_bytes(plan.infos[name], fate)]
+        sizes = [1, plan.infos[name].nbytes, result_bytes(plan.infos[name], fate, file_format)]
         if every_tensor:
             made.add_row(fate.part, _fate_text(fate), name, *_cells(sizes))
             continue
@@ -60,12 +62,16 @@ def plan_table(arch: Architecture, plan: TensorPlan, every_tensor: bool) -> Tabl
     return made
 
 
-def result_bytes(info: TensorInfo, fate: Fate) -> int:
+def result_bytes(info: TensorInfo, fate: Fate, file_format: Format) -> int:
     """What a source tensor takes in the result."""
     if not isinstance(fate, Quantize):
         return info.nbytes
-    specs = packed_specs(fate.module, (info.shape[0], info.shape[1]), fate.grid)
-    return sum(spec.nbytes for spec in specs)
+    shape = fate.module_shape(info)
+    return sum(
+        spec.nbytes
+        for module in fate.modules
+        for spec in file_format.packed_specs(module, shape, fate.grid)
+    )
 
 
 def _fate_text(fate: Fate) -> str:

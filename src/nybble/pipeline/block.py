@@ -1,41 +1,62 @@
-"""Quantizes the linears of one decoder block and moves the calibration rows past it."""
+"""One decoder block on its way through the pipeline: what is known of it, and what comes out."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from nybble.arch.blocks import BlockRunner
-from nybble.arch.plan import Quantize
-from nybble.pipeline.quant_log import QuantLogRow
-from nybble.pipeline.streams import Streams
-from nybble.quant.grid import QuantizedWeight
-from nybble.quant.metrics import relative_output_error, sqnr_db
+from nybble.pipeline.streams import Batch, Streams
+from nybble.quant.grid import IntGrid, QuantizedWeight
+from nybble.quant.moments import InputMoments
 from nybble.quant.rtn import rtn
-from nybble.quant.scale_search import initial_scales
-from nybble.quant.signround import SignRoundResult, SignRoundSettings, signround
-from nybble.recipe.schema import Recipe, SignRound
+from nybble.quant.scale_search import ScaleMethod, initial_scales
 
 Weights = Mapping[str, torch.Tensor]
+Moments = Mapping[str, list[InputMoments]]
+"""By parameter: the moments of its input, one for a Linear, one per expert for a stack."""
 OnStep = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
+class Target:
+    """A parameter of a block to be quantized: a Linear's weight, or a stack of experts."""
+
+    modules: tuple[str, ...]
+    """The Linears whose rows it holds, in order and in equal shares."""
+    grid: IntGrid
+    part: str
+
+
+@dataclass(frozen=True)
 class Block:
-    """One block to quantize. Tensor names are relative to the block."""
+    """One block to quantize. Names are relative to the block."""
 
     index: int
     weights: Weights
-    """All of its tensors, on the compute device, in the base's dtype."""
-    fates: Mapping[str, Quantize]
-    """Those of them to quantize."""
+    """All of its parameters, on the compute device, in the base's dtype."""
+    targets: Mapping[str, Target]
+    inputs: tuple[tuple[str, ...], ...]
+    """The targets, those that read the same input together."""
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """A target as [O, I]; a stack's experts one below the other."""
+        return self.weights[name].flatten(0, -2)
+
+    def experts(self, name: str) -> list[torch.Tensor]:
+        """A stack's matrices [O, I] by expert; a Linear's only one."""
+        weight = self.weights[name]
+        return list(weight) if weight.ndim == 3 else [weight]
 
     def cast(self, dtype: torch.dtype, skip: Container[str] = ()) -> dict[str, torch.Tensor]:
         """The weights in another dtype, but for those named in ``skip``."""
         return {name: w.to(dtype) for name, w in self.weights.items() if name not in skip}
+
+    def shaped(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``matrix``."""
+        return matrix_OI.view(self.weights[name].shape)
 
 
 @dataclass(frozen=True)
@@ -47,124 +68,104 @@ class Calibrated:
     dtype: torch.dtype
     """Of the arithmetic."""
 
+    def run(self, block: Block, weights: Weights) -> Callable[[Batch], torch.Tensor]:
+        """The block under ``weights`` as a function of some rows."""
+        return lambda batch: self.runner(block.index, weights, batch.hidden)
+
 
 @dataclass(frozen=True)
-class BlockResult:
-    """Quantized weights by module name, and their log rows."""
+class ModuleFacts:
+    """What an algorithm knows of one Linear besides its weights. None: not measured."""
 
-    quantized: dict[str, QuantizedWeight]
-    log: list[QuantLogRow]
+    tokens: int | None = None
+    """Calibration tokens that reached it."""
+    output_error: float | None = None
+    """Expected squared output error over the squared output."""
+    rtn_output_error: float | None = None
+    """The same for rounding to nearest on the same grid."""
+    damping: float | None = None
+    damping_increases: int | None = None
+    dead_channels: int | None = None
+    too_few_tokens: bool = False
+    """An expert that saw too few to be calibrated: it was rounded to nearest."""
+    seconds: float | None = None
 
 
-def quantize_block_data_free(block: Block, recipe: Recipe) -> BlockResult:
-    """Rounds to nearest without looking at any text."""
-    began = time.monotonic()
-    method = recipe.algorithm.scale_init
-    quantized = {n: rtn(block.weights[n], fate.grid, method) for n, fate in block.fates.items()}
-    return _result(block, recipe, quantized, time.monotonic() - began)
+@dataclass(frozen=True)
+class Rounded:
+    """A quantized target, and facts on each of its Linears."""
+
+    weight: QuantizedWeight
+    facts: tuple[ModuleFacts, ...]
 
 
-def quantize_block(
-    block: Block, recipe: Recipe, calibrated: Calibrated, on_step: OnStep
-) -> BlockResult:
-    """Quantizes by the recipe's algorithm; both streams are past the block afterwards.
+def gather_moments(
+    block: Block, calibrated: Calibrated, weights: Weights, inputs: tuple[str, ...], full: bool
+) -> Moments:
+    """Moments of what reaches the targets ``inputs`` from the quantized stream."""
+    counter = MomentCounter(block, inputs, full, calibrated.streams.device)
+    run = calibrated.run(block, weights)
+    with calibrated.runner.inputs_of(block.index, inputs, counter.on_input):
+        calibrated.streams.scan(lambda batch: run(counter.watch(batch)))
+    return counter.moments
 
-    Raises QuantizationError for values that are not finite.
-    """
-    began = time.monotonic()
-    runner, streams, dtype = calibrated.runner, calibrated.streams, calibrated.dtype
-    importance = _advance_base(block, calibrated)
-    trained = None
-    if isinstance(recipe.algorithm, SignRound):
-        trained = _train(block, recipe, calibrated, importance, on_step)
-        quantized = trained.quantized
-    else:
-        method = recipe.algorithm.scale_init
-        quantized = {
-            name: rtn(block.weights[name], fate.grid, method, importance[name])
-            for name, fate in block.fates.items()
+
+class MomentCounter:
+    """Counts the inputs of some targets, without padding, while rows run through a block."""
+
+    def __init__(
+        self, block: Block, inputs: tuple[str, ...], full: bool, device: torch.device
+    ) -> None:
+        self.moments = {
+            name: [InputMoments(w.shape[1], device, full) for w in block.experts(name)]
+            for name in inputs
         }
-    finished = block.cast(dtype, skip=block.fates)
-    finished |= {name: q.dequantize().to(dtype) for name, q in quantized.items()}
-    loss = streams.advance_quantized(lambda rows: runner(block.index, finished, rows))
-    seconds = time.monotonic() - began
-    return _result(block, recipe, quantized, seconds, importance, loss, trained)
+        self._mask: torch.Tensor | None = None
+
+    def watch(self, batch: Batch) -> Batch:
+        """Names the rows that the next inputs come from."""
+        self._mask = None if batch.mask is None else batch.mask.flatten()
+        return batch
+
+    def on_input(
+        self, name: str, expert: int, rows: torch.Tensor, tokens: torch.Tensor | None
+    ) -> None:
+        """See ``arch.blocks.OnInput``."""
+        if self._mask is not None:
+            rows = rows[self._mask if tokens is None else self._mask[tokens]]
+        self.moments[name][expert].add(rows)
 
 
-def _advance_base(block: Block, calibrated: Calibrated) -> dict[str, torch.Tensor]:
-    """Moves the base stream on; returns the mean square of each linear's input channels."""
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def accumulate(module: str, inputs: torch.Tensor) -> None:
-        rows = inputs.float().flatten(0, -2)
-        name = f"{module}.weight"
-        sums[name] = sums.get(name, 0) + rows.square().sum(dim=0)
-        counts[name] = counts.get(name, 0) + len(rows)
-
-    runner = calibrated.runner
-    base = block.cast(calibrated.dtype)
-    modules = [name.removesuffix(".weight") for name in block.fates]
-    with runner.inputs_of(block.index, modules, accumulate):
-        calibrated.streams.advance_base(lambda rows: runner(block.index, base, rows))
-    return {name: total / counts[name] for name, total in sums.items()}
+def pooled(moments: list[InputMoments]) -> torch.Tensor:
+    """Mean square of the input channels over all experts, [I]."""
+    together = InputMoments(moments[0].sums.shape[0], moments[0].sums.device, full=False)
+    for one in moments:
+        together.sums += one.sums if one.sums.ndim == 1 else one.sums.diagonal()
+        together.tokens += one.tokens
+    return together.mean_square()
 
 
-def _train(
-    block: Block, recipe: Recipe, calibrated: Calibrated, importance: Weights, on_step: OnStep
-) -> SignRoundResult:
-    algorithm = recipe.algorithm
-    assert isinstance(algorithm, SignRound)
-    kept = block.cast(calibrated.dtype, skip=block.fates)
-    grids = {name: fate.grid for name, fate in block.fates.items()}
-    scales = {
-        name: initial_scales(algorithm.scale_init, block.weights[name], grid, importance[name])
-        for name, grid in grids.items()
-    }
-    lr = algorithm.lr or 1 / algorithm.iters
-    return signround(
-        weights={name: block.weights[name] for name in block.fates},
-        initial_scales=scales,
-        grids=grids,
-        forward=lambda rounded, rows: calibrated.runner(block.index, {**kept, **rounded}, rows),
-        batches=calibrated.streams.training_batches(
-            algorithm.batch_size, recipe.calibration.seed, block.index
-        ),
-        settings=SignRoundSettings(algorithm.iters, lr, algorithm.minmax_lr or lr),
-        compute_dtype=calibrated.dtype,
-        on_step=on_step,
-    )
+def importances(moments: list[InputMoments]) -> list[torch.Tensor]:
+    """Mean square of each expert's input channels, [I]; of all, for one that saw no token."""
+    return [one.mean_square() if one.tokens else pooled(moments) for one in moments]
 
 
-def _result(
-    block: Block,
-    recipe: Recipe,
-    quantized: Mapping[str, QuantizedWeight],
-    seconds: float,
-    importance: Weights | None = None,
-    loss: float | None = None,
-    trained: SignRoundResult | None = None,
-) -> BlockResult:
-    log = []
-    for name, fate in block.fates.items():
-        weight, result = block.weights[name], quantized[name]
-        error = relative_output_error(weight, result, importance[name]) if importance else None
-        log.append(
-            QuantLogRow(
-                module=fate.module,
-                block=block.index,
-                part=fate.part,
-                out_features=weight.shape[0],
-                in_features=weight.shape[1],
-                bits=fate.grid.bits,
-                group_size=fate.grid.group_size,
-                algorithm=recipe.algorithm.name,
-                relative_output_error=error,
-                sqnr_db=sqnr_db(weight, result),
-                block_loss_start=trained.first_loss if trained else None,
-                block_loss=loss,
-                best_iter=trained.best_iter if trained else None,
-                block_seconds=seconds,
-            )
+def start_scales(
+    block: Block, name: str, method: ScaleMethod, importance: list[torch.Tensor] | None
+) -> torch.Tensor:
+    """Initial scales [O, G] of a target; ``importance`` is that of each expert."""
+    grid = block.targets[name].grid
+    if importance is None:
+        return initial_scales(method, block.matrix(name), grid, None)
+    parts = zip(block.experts(name), importance, strict=True)
+    return torch.cat([initial_scales(method, w, grid, channels) for w, channels in parts])
+
+
+def round_data_free(block: Block, method: ScaleMethod) -> dict[str, Rounded]:
+    """Rounds every target to nearest without looking at any text."""
+    return {
+        name: Rounded(
+            rtn(block.matrix(name), target.grid, method), (ModuleFacts(),) * len(target.modules)
         )
-    return BlockResult({fate.module: quantized[n] for n, fate in block.fates.items()}, log)
+        for name, target in block.targets.items()
+    }

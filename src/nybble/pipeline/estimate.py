@@ -10,14 +10,18 @@ from pathlib import Path
 import torch
 
 from nybble.arch.blocks import BlockRunner
-from nybble.arch.plan import TensorPlan
+from nybble.arch.plan import Quantize, TensorPlan
 from nybble.arch.spec import Architecture
 from nybble.checkpoint.reader import CheckpointReader
-from nybble.pipeline.block import Block, Calibrated, quantize_block, quantize_block_data_free
+from nybble.packing.formats import FORMATS
+from nybble.pipeline.algorithms import quantize_block
+from nybble.pipeline.assemble import block_parameters, load_block
+from nybble.pipeline.block import Block, Calibrated
 from nybble.pipeline.device import compute_dtype, resolve_device
-from nybble.pipeline.quantize import needs_text, output_specs, planned
+from nybble.pipeline.quantize import output_specs, planned
 from nybble.pipeline.streams import Streams
-from nybble.recipe.schema import Recipe, SignRound
+from nybble.quant.grid import IntGrid
+from nybble.recipe.schema import Gptq, Recipe, SignRound
 
 _PROBE_TOKENS = 256
 _AFFORDABLE_SECONDS = 5.0
@@ -35,7 +39,7 @@ class Estimate:
     block_bytes: int
     """The largest block's weights and all that is trained with them."""
     stream_bytes: int
-    """Both activation streams, on the host."""
+    """The activation streams, on the host."""
     seconds: float
 
 
@@ -45,9 +49,9 @@ def inspect_checkpoint(model: Path, recipe: Recipe) -> tuple[Architecture, Tenso
         return planned(reader, recipe)
 
 
-def output_bytes(plan: TensorPlan) -> int:
+def output_bytes(plan: TensorPlan, recipe: Recipe) -> int:
     """Size of all tensors of the result."""
-    return sum(spec.nbytes for spec in output_specs(plan))
+    return sum(spec.nbytes for spec in output_specs(plan, FORMATS[recipe.format]))
 
 
 def estimate(model: Path, recipe: Recipe, device: str) -> Estimate:
@@ -58,41 +62,56 @@ def estimate(model: Path, recipe: Recipe, device: str) -> Estimate:
         kinds = _blocks_by_kind(arch, plan)
         seconds = sum(
             len(blocks) * _block_seconds(reader, arch, plan, recipe, where, blocks[0])
-            for blocks in kinds.values()
+            for blocks in kinds
         )
     dtype_bytes = compute_dtype(where).itemsize
-    rows = recipe.calibration.rows * recipe.calibration.seqlen if needs_text(recipe) else 0
+    tokens = recipe.calibration.rows * recipe.calibration.seqlen if recipe.needs_text else 0
+    streams = 2 if recipe.trains else 1
     return Estimate(
         arch=arch,
         plan=plan,
         base_bytes=sum(info.nbytes for info in plan.infos.values()),
-        output_bytes=output_bytes(plan),
+        output_bytes=output_bytes(plan, recipe),
         block_bytes=max(
-            _block_bytes(plan, arch, recipe, blocks[0], dtype_bytes) for blocks in kinds.values()
+            _block_bytes(plan, arch, recipe, blocks[0], dtype_bytes) for blocks in kinds
         ),
-        stream_bytes=2 * rows * arch.text_config.hidden_size * dtype_bytes,
+        stream_bytes=streams * tokens * arch.text_config.hidden_size * dtype_bytes,
         seconds=seconds,
     )
 
 
-def _blocks_by_kind(arch: Architecture, plan: TensorPlan) -> dict[frozenset[str], list[int]]:
-    """Block numbers, grouped by the names of the block's tensors."""
-    kinds: dict[frozenset[str], list[int]] = {}
-    for index in range(arch.num_blocks):
+def _blocks_by_kind(arch: Architecture, plan: TensorPlan) -> list[list[int]]:
+    """Numbers of the blocks to quantize, those of the same tensors and grids together."""
+    kinds: dict[frozenset[tuple[str, IntGrid | None]], list[int]] = {}
+    blocks = arch.num_blocks + bool(plan.quantized(arch.num_blocks))
+    for index in range(blocks):
         prefix = arch.block_prefix(index)
-        names = (n.removeprefix(prefix) for n in plan.infos if n.startswith(prefix))
-        kinds.setdefault(frozenset(names), []).append(index)
-    return kinds
+        kind = frozenset(
+            (name.removeprefix(prefix), fate.grid if isinstance(fate, Quantize) else None)
+            for name, fate in plan.fates.items()
+            if name.startswith(prefix)
+        )
+        kinds.setdefault(kind, []).append(index)
+    return list(kinds.values())
 
 
 def _block_bytes(
     plan: TensorPlan, arch: Architecture, recipe: Recipe, index: int, dtype_bytes: int
 ) -> int:
-    prefix = arch.block_prefix(index)
-    infos = [info for name, info in plan.infos.items() if name.startswith(prefix)]
+    parameters = block_parameters(arch, plan, index)
+    infos = [plan.infos[name] for parameter in parameters for name in plan.sources[parameter]]
     weights = sum(info.nbytes for info in infos)
-    trained = [plan.infos[name].numel for name in plan.quantized(index)]
-    if not isinstance(recipe.algorithm, SignRound):
+    chosen = [plan.infos[name] for name in plan.quantized(index)]
+    trained = [info.numel for info in chosen]
+    if not chosen and recipe.needs_text:  # rows pass it all the same
+        return weights + dtype_bytes * sum(info.numel for info in infos)
+    if isinstance(recipe.algorithm, Gptq):
+        # In the compute dtype, and float32 [I, I] for each input: its moments, and while one is
+        # factorized its second moment and two more.
+        widths = sorted(info.shape[-1] for info in chosen)
+        squares = sum(width**2 for width in set(widths)) + 3 * widths[-1] ** 2
+        return weights + dtype_bytes * sum(info.numel for info in infos) + 4 * squares
+    if not recipe.trains:
         return weights + dtype_bytes * sum(trained)
     # Per weight: V (float32), the fake-quantized copy, its gradient in turn, best codes (int8);
     # and float32 temporaries of the largest weight in the backward of the rounding.
@@ -107,12 +126,9 @@ def _block_seconds(
     device: torch.device,
     index: int,
 ) -> float:
-    prefix = arch.block_prefix(index)
-    weights = {name: t.to(device) for name, t in reader.read_prefix(prefix).items()}
-    fates = {name.removeprefix(prefix): fate for name, fate in plan.quantized(index).items()}
-    block = Block(index, weights, fates)
-    if not needs_text(recipe):
-        return _seconds(lambda: quantize_block_data_free(block, recipe))
+    block = load_block(reader, arch, plan, index, device)
+    if not recipe.needs_text:
+        return _seconds(lambda: quantize_block(block, recipe, None, lambda *_: None))
     algorithm, text = recipe.algorithm, recipe.calibration
     batch = min(algorithm.batch_size if isinstance(algorithm, SignRound) else 8, text.rows)
     probe = min(text.seqlen, _PROBE_TOKENS)
@@ -130,20 +146,23 @@ def _trial(
 ) -> tuple[float, float]:
     """Seconds of one training step, and of all passes without training, on random rows."""
     dtype = compute_dtype(device)
-    runner = BlockRunner(arch, shape[1], device, dtype)
+    # The MTP layer takes rows that are one token shorter.
+    is_mtp = block.index == arch.num_blocks
+    runner = BlockRunner(arch, shape[1] + is_mtp, device, dtype)
 
     def run(iters: int) -> float:
         hidden = torch.randn(*shape, arch.text_config.hidden_size, dtype=dtype)
-        calibrated = Calibrated(runner, Streams.begin(hidden, device), dtype)
+        base = hidden.clone() if recipe.trains else None
+        calibrated = Calibrated(runner, Streams(hidden, base, None, device), dtype)
         shorter = recipe
-        if isinstance(recipe.algorithm, SignRound):
+        if recipe.trains:
             changed = recipe.algorithm.model_copy(update={"iters": iters})
             shorter = recipe.model_copy(update={"algorithm": changed})
         return _seconds(lambda: quantize_block(block, shorter, calibrated, lambda *_: None))
 
     run(1)  # warms up caches and kernels
     once = run(1)
-    if not isinstance(recipe.algorithm, SignRound):
+    if not recipe.trains:
         return 0.0, once
     step = max(run(3) - once, 0.0) / 2
     return step, max(once - step, 0.0)

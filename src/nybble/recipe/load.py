@@ -62,6 +62,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r} is not of the form section.key=value")
     if key.strip() == "algorithm.name":
         values["algorithm"] = {}  # another algorithm has other settings
+    rival = {"calibration.source": "mix", "calibration.mix": "source"}.get(key.strip())
+    if rival and isinstance(values.get("calibration"), dict):
+        values["calibration"].pop(rival, None)
     *path, last = key.strip().split(".")
     table = values
     for name in path:

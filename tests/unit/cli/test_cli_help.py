@@ -8,14 +8,15 @@ from support.commands import Outcome, run_python
 from typer.testing import CliRunner
 
 from nybble.cli.app import app
+from nybble.recipe.load import shipped_recipes
 
 Nybble = Callable[..., Outcome]
-COMMANDS = ["quantize", "inspect", "recipes", "demo"]
+COMMANDS = ["quantize", "inspect", "convert", "recipes", "demo"]
 
 HELP_OF_ALL = """
 import sys
 from nybble.cli.app import main
-for command in ([], ["quantize"], ["inspect"], ["recipes"], ["demo"]):
+for command in ([], ["quantize"], ["inspect"], ["convert"], ["recipes"], ["demo"]):
     sys.argv = ["nybble", *command, "--help"]
     try:
         main()
@@ -31,7 +32,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     outcome = run_python(["-c", HELP_OF_ALL])
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
-    assert outcome.out.count("Usage: ") == 5
+    assert outcome.out.count("Usage: ") == 6
     assert time.monotonic() - began < 5
 
 
@@ -57,6 +58,8 @@ def test_recipes_are_listed_one_a_line(nybble: Nybble) -> None:
     outcome = nybble("recipes")
     lines = outcome.out.splitlines()
     assert (outcome.code, outcome.err) == (0, "")
-    assert [line.split()[0] for line in lines] == ["tiny-demo", "w4a16-autoround", "w4a16-rtn"]
-    assert "200 iterations" in lines[1]
-    assert "tokens" not in lines[2]
+    told = {line.split()[0]: line for line in lines}
+    assert list(told) == list(shipped_recipes())
+    assert "200 iterations" in told["w4a16-autoround"]
+    assert "tokens" not in told["w4a16-rtn"]
+    assert "compressed-tensors" in told["w4a16-gptq"]

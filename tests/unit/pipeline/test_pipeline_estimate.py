@@ -8,7 +8,8 @@ from support.commands import snapshot
 
 from nybble.core.errors import CheckpointError
 from nybble.pipeline.estimate import estimate, inspect_checkpoint
-from nybble.recipe.schema import Recipe, Scheme
+from nybble.pipeline.quantize import quantize
+from nybble.recipe.schema import Calibration, Gptq, Override, Recipe, Rtn, Scheme, SignRound
 
 
 def total(folder: Path) -> int:
@@ -65,3 +66,36 @@ def test_smaller_groups_make_a_larger_result(tiny_base: Path, rtn_recipe: Recipe
     finer = rtn_recipe.model_copy(update={"scheme": Scheme(group_size=32)})
     sizes = [estimate(tiny_base, recipe, "cpu").output_bytes for recipe in (rtn_recipe, finer)]
     assert sizes[0] < sizes[1]
+
+
+def test_sizes_are_those_of_the_format(tiny_base: Path, tmp_path: Path) -> None:
+    scheme = Scheme(bits=3, mtp_bits=8, lm_head_bits=4)
+    recipe = Recipe(scheme=scheme, algorithm=Rtn(), format="compressed-tensors")
+    out = quantize(tiny_base, tmp_path / "out", recipe, "cpu").out
+    assert estimate(tiny_base, recipe, "cpu").output_bytes == total(out)
+
+
+@pytest.mark.parametrize("algorithm", [Rtn(), Gptq(), SignRound(iters=2, batch_size=2)], ids=str)
+def test_blocks_that_are_kept_need_a_pass_alone(
+    tiny_base: Path, calibration: Calibration, algorithm: Rtn | Gptq | SignRound
+) -> None:
+    keep = Override(match=r"layers\.[012]\.", keep=True)
+    some, whole = (
+        estimate(
+            tiny_base,
+            Recipe(scheme=scheme, algorithm=algorithm, calibration=calibration),
+            "cpu",
+        )
+        for scheme in (Scheme(overrides=(keep,)), Scheme())
+    )
+    assert 0 < some.block_bytes <= whole.block_bytes
+    assert some.output_bytes > whole.output_bytes
+    assert some.seconds >= 0
+
+
+def test_gptq_holds_one_stream_and_the_moments_of_a_block(
+    tiny_base: Path, calibration: Calibration
+) -> None:
+    needs = estimate(tiny_base, Recipe(algorithm=Gptq(), calibration=calibration), "cpu")
+    assert needs.stream_bytes == 8 * 32 * 128 * 4
+    assert needs.block_bytes > 4 * (128**2 + 4 * 256**2)

@@ -10,12 +10,12 @@ from support.checkpoints import Tiny, write_tiny
 from support.commands import run_python
 
 from nybble.checkpoint.reader import CheckpointReader
-from nybble.data.rows import Rows, row_hash
+from nybble.data.rows import Rows, rows_of
 from nybble.pipeline.manifest import job_fingerprint, peak_rss_bytes
 from nybble.recipe.schema import Recipe, Scheme
 
-ROWS = Rows(torch.tensor([[1, 2, 3]]), (row_hash([1, 2, 3]),))
-OTHER_ROWS = Rows(torch.tensor([[1, 2, 4]]), (row_hash([1, 2, 4]),))
+ROWS = rows_of([[1, 2, 3]], 3)
+OTHER_ROWS = rows_of([[1, 2, 4]], 3)
 
 
 def job_of(folder: Path, recipe: Recipe | None = None, rows: Rows | None = ROWS) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from nybble.core.errors import RecipeError
+from nybble.packing.formats import FORMATS
 from nybble.recipe.load import DEFAULT_RECIPE, load_recipe, recipe_from_toml, shipped_recipes
-from nybble.recipe.schema import Recipe, Rtn, SignRound
+from nybble.recipe.schema import Gptq, Override, Recipe, Rtn, SignRound
 
 
 def refusal(text: str, *overrides: str) -> str:
@@ -27,7 +28,7 @@ def refusal(text: str, *overrides: str) -> str:
 def test_every_shipped_recipe_loads(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe == load_recipe(name)
-    assert recipe.scheme.bits in (2, 4, 8)  # what the format can pack
+    assert recipe.scheme.bits in FORMATS[recipe.format].bits
 
 
 def test_the_recipes_that_documents_name_are_shipped() -> None:
@@ -127,12 +128,50 @@ def test_a_bad_value_is_shown_with_its_key() -> None:
 def test_the_algorithm_is_told_by_its_name() -> None:
     assert recipe_from_toml('algorithm.name = "rtn"', "x").algorithm == Rtn()
     assert recipe_from_toml('algorithm.name = "signround"', "x").algorithm == SignRound()
-    message = refusal('algorithm.name = "gptq"')
-    assert "'gptq'" in message
+    assert recipe_from_toml('algorithm.name = "gptq"', "x").algorithm == Gptq()
+    message = refusal('algorithm.name = "awq"')
+    assert "'awq'" in message
     assert "'rtn'" in message
+    assert "'gptq'" in message
     assert "'signround'" in message
     assert "'name'" in refusal("[algorithm]\niters = 5")
     assert "algorithm" in refusal('algorithm = "rtn"')
+
+
+# --- Other grids for some Linears ---
+
+TWO_OVERRIDES = """
+[[scheme.overrides]]
+match = '\\.self_attn\\.'
+keep = true
+[[scheme.overrides]]
+match = 'down_proj'
+bits = 8
+"""
+
+
+def test_overrides_of_the_scheme_keep_their_order() -> None:
+    scheme = recipe_from_toml(TWO_OVERRIDES, "x").scheme
+    assert scheme.overrides == (
+        Override(match=r"\.self_attn\.", keep=True),
+        Override(match="down_proj", bits=8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ("match = '('\nkeep = true", "'(' is no regular expression"),
+        ("match = 'x'", "either keep = true, or bits or group_size"),
+        ("match = 'x'\nkeep = true\nbits = 4", "either keep = true, or bits or group_size"),
+        ("match = 'x'\ngroup_size = 48", "group_size is 48"),
+        ("match = 'x'\nbits = 5", "scheme.overrides.0.bits"),
+        ("keep = true", "scheme.overrides.0.match"),
+        ("match = 'x'\nkept = true", "scheme.overrides.0.kept"),
+    ],
+)
+def test_an_override_that_makes_no_sense_is_refused(values: str, told: str) -> None:
+    assert told in refusal(f"[[scheme.overrides]]\n{values}")
 
 
 # --- Overrides ---
@@ -232,7 +271,7 @@ def test_another_algorithm_drops_the_first_ones_settings() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "scheme.bits=3",
+        "scheme.bits=5",
         "algorithm.lr=inf",
         "max_shard_gb=inf",
         "calibration.rows=true",

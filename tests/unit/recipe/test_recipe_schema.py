@@ -7,12 +7,37 @@ from pydantic import BaseModel, ValidationError
 
 from nybble.quant.scale_search import ScaleMethod
 from nybble.recipe.load import load_recipe, shipped_recipes
-from nybble.recipe.schema import Calibration, Recipe, Rtn, ScaleInit, Scheme, SignRound
+from nybble.recipe.schema import (
+    Calibration,
+    Gptq,
+    Override,
+    Recipe,
+    Rtn,
+    ScaleInit,
+    Scheme,
+    SignRound,
+    TextSource,
+)
 
 # Another value for every field there is.
 CHANGES: dict[type[BaseModel], dict[str, Any]] = {
-    Scheme: {"bits": 8, "group_size": 64, "signed_scales": False},
+    Scheme: {
+        "bits": 8,
+        "group_size": 64,
+        "signed_scales": False,
+        "lm_head_bits": 8,
+        "mtp_bits": 8,
+        "overrides": (Override(match="mlp", bits=3),),
+    },
+    Override: {"match": "attn", "keep": None, "bits": 2, "group_size": 32},
     Rtn: {"name": None, "scale_init": "mse"},
+    Gptq: {
+        "name": None,
+        "scale_init": "minmax",
+        "act_order": False,
+        "damp": 0.1,
+        "true_sequential": True,
+    },
     SignRound: {
         "name": None,
         "scale_init": "importance",
@@ -27,20 +52,30 @@ CHANGES: dict[type[BaseModel], dict[str, Any]] = {
         "seqlen": 1024,
         "layout": "pack",
         "seed": 43,
+        "mix": (TextSource(source="stdlib"),),
+        "min_tokens": 64,
     },
     Recipe: {
         "scheme": None,
         "algorithm": None,
         "calibration": None,
-        "format": None,  # one value only, so far
+        "format": "gptq",
         "max_shard_gb": 4.0,
     },
 }
 
 
 def changed_recipes() -> dict[str, Recipe]:
-    found = {"rtn": Recipe(algorithm=Rtn()), "signround": Recipe(algorithm=SignRound())}
-    sections = {Scheme: "scheme", SignRound: "algorithm", Calibration: "calibration"}
+    found = {"signround": Recipe()}
+    found |= {kind.__name__: Recipe(algorithm=kind()) for kind in (Rtn, Gptq)}
+    found["Override"] = _overridden()
+    sections = {
+        Scheme: "scheme",
+        Rtn: "algorithm",
+        Gptq: "algorithm",
+        SignRound: "algorithm",
+        Calibration: "calibration",
+    }
     for kind, changes in CHANGES.items():
         for field, value in changes.items():
             if value is None:
@@ -48,11 +83,16 @@ def changed_recipes() -> dict[str, Recipe]:
             key = f"{kind.__name__}.{field}"
             if kind is Recipe:
                 found[key] = Recipe(**{field: value})
-            elif kind is Rtn:
-                found[key] = Recipe(algorithm=Rtn(**{field: value}))
+            elif kind is Override:
+                found[key] = _overridden(**{field: value})
             else:
                 found[key] = Recipe(**{sections[kind]: kind(**{field: value})})
+    found["Override.keep"] = Recipe(scheme=Scheme(overrides=(Override(match="mlp", keep=True),)))
     return found
+
+
+def _overridden(**values: Any) -> Recipe:
+    return Recipe(scheme=Scheme(overrides=(Override(**{"match": "mlp", "bits": 4, **values}),)))
 
 
 @pytest.mark.parametrize("kind", list(CHANGES))
@@ -68,7 +108,7 @@ def test_the_fingerprint_changes_with_any_field() -> None:
 def test_the_fingerprint_stays_for_good() -> None:
     # Manifests hold it: a change makes finished work of older versions look like another recipe's.
     assert (
-        Recipe().fingerprint() == "2bf836d4cf89c10bbdc310d5824497824e9f9d30c9aecad40bc960a4c66a8529"
+        Recipe().fingerprint() == "523c84f49900a4e507f8cbb2d3514a3d86b10ee72b6d1a617d9086e11cb1b439"
     )
 
 
@@ -114,13 +154,19 @@ def test_group_sizes(group_size: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "field", "bad"),
     [
-        (SignRound, "iters", 0),
+        (SignRound, "iters", -1),
         (SignRound, "batch_size", 0),
         (SignRound, "lr", 0.0),
         (SignRound, "lr", float("nan")),
         (SignRound, "minmax_lr", -0.1),
         (SignRound, "scale_init", "best"),
         (Rtn, "scale_init", "best"),
+        (Gptq, "damp", 0.0),
+        (Gptq, "damp", 1.0),
+        (Gptq, "damp", float("nan")),
+        (Gptq, "act_order", 1),
+        (Scheme, "mtp_bits", 3),
+        (Scheme, "lm_head_bits", 2),
         (Calibration, "rows", 0),
         (Calibration, "seqlen", 7),
         (Calibration, "layout", "shuffle"),
@@ -150,3 +196,35 @@ def test_summaries_are_one_line_that_says_what_matters() -> None:
     assert per_channel.summary() == "rtn W8 per channel, auto_round"
     weighted = Recipe(algorithm=Rtn(scale_init="importance"))
     assert weighted.summary() == "rtn W4 group 128, auto_round, 128 x 2048 tokens of pile-10k"
+    everything = Scheme(
+        lm_head_bits=8,
+        mtp_bits=4,
+        overrides=(
+            Override(match="attn", keep=True),
+            Override(match="down", bits=8, group_size=32),
+        ),
+    )
+    assert Recipe(scheme=everything, algorithm=Gptq(), format="gptq").summary() == (
+        "gptq W4 group 128, gptq, lm_head W8, MTP W4, attn kept, down W8 group 32, "
+        "128 x 2048 tokens of pile-10k"
+    )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "trains", "needs_text"),
+    [
+        (SignRound(), True, True),
+        (SignRound(iters=0), False, False),
+        (SignRound(iters=0, scale_init="importance"), False, True),
+        (Rtn(), False, False),
+        (Rtn(scale_init="mse"), False, False),
+        (Rtn(scale_init="importance"), False, True),
+        (Gptq(), False, True),
+        (Gptq(scale_init="minmax"), False, True),
+    ],
+)
+def test_what_an_algorithm_needs(
+    algorithm: SignRound | Rtn | Gptq, trains: bool, needs_text: bool
+) -> None:
+    recipe = Recipe(algorithm=algorithm)
+    assert (recipe.trains, recipe.needs_text) == (trains, needs_text)
