@@ -22,7 +22,7 @@ from support.commands import snapshot
 from nybble.core.errors import NybbleError, OutputError
 from nybble.engine.load import load_model
 from nybble.pipeline.quantize import quantize
-from nybble.recipe.schema import Recipe, Rtn, SignRound
+from nybble.recipe.schema import Algorithm, Calibration, Gptq, Recipe, Rtn, Scheme, SignRound
 
 Make = Callable[..., Path]
 
@@ -189,6 +189,30 @@ def test_nothing_is_left_of_a_failed_run(
     write_weights(base, weights)
     with pytest.raises(NybbleError, match=name):
         quantize(base, tmp_path / "out", signround_recipe, "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mtp.fc.weight",
+        "mtp.layers.0.mlp.up_proj.weight",
+        "lm_head.weight",
+        "model.language_model.norm.weight",
+        "model.language_model.embed_tokens.weight",
+    ],
+)
+@pytest.mark.parametrize("algorithm", [Gptq(), SignRound(iters=2, batch_size=4)], ids=str)
+def test_a_broken_head_is_named_before_it_spoils_others(
+    make_tiny: Make, calibration: Calibration, tmp_path: Path, name: str, algorithm: Algorithm
+) -> None:
+    base, weights = make_tiny(), tiny_tensors(TinyForm())
+    weights[name].view(-1)[-3] = float("inf")
+    write_weights(base, weights)
+    scheme = Scheme(mtp_bits=4, lm_head_bits=8)
+    recipe = Recipe(scheme=scheme, algorithm=algorithm, calibration=calibration)
+    with pytest.raises(NybbleError, match=rf"^{name} of the base has 1 NaN or infinite"):
+        quantize(base, tmp_path / "out", recipe, "cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from nybble.data.rows import build_rows
 from nybble.demo import RECIPE, bundled_model
+from nybble.pipeline.convert import convert
 from nybble.pipeline.quantize import quantize
 from nybble.recipe.load import load_recipe
 from nybble.recipe.schema import Calibration
@@ -39,6 +40,32 @@ def tiny_int4(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = ["algorithm.iters=40", "calibration.rows=32"]
     quantize(tiny, out, load_recipe(RECIPE, overrides), "cpu")
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_gptq_mtp4(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its INT4 form by GPTQ, with the MTP layer in INT4 too."""
+    out = tmp_path_factory.mktemp("mtp4") / "tiny-mtp4"
+    overrides = ["algorithm.name=gptq", "calibration.rows=32", "scheme.mtp_bits=4"]
+    quantize(tiny, out, load_recipe(RECIPE, overrides), "cpu")
+    return out
+
+
+@pytest.fixture(scope="session")
+def in_format(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
+    """(checkpoint, format) -> the same checkpoint in that format; each pair is made once."""
+    made: dict[tuple[Path, str], Path] = {}
+
+    def converted(checkpoint: Path, format_name: str) -> Path:
+        if format_name == "auto_round":
+            return checkpoint
+        key = (checkpoint, format_name)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("formats") / f"{checkpoint.name}-{format_name}"
+            convert(checkpoint, made[key], format_name)
+        return made[key]
+
+    return converted
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,11 @@ from nybble.checkpoint.reader import CheckpointReader
 from nybble.core.errors import CheckpointError, PlanError
 from nybble.engine.load import load_model
 from nybble.eval.acceptance import measure_acceptance
-from nybble.pipeline.quantize import grid_of
-from nybble.recipe.schema import Recipe
+from nybble.packing.formats import FORMATS
+from nybble.recipe.schema import Scheme
 
 RunVllm = Callable[[Path, int], dict[str, Any]]
+InFormat = Callable[[Path, str], Path]
 
 pytestmark = pytest.mark.engine
 
@@ -43,10 +44,11 @@ def equal_rows(one: dict[str, Any], other: dict[str, Any]) -> int:
     return sum(mine == theirs for mine, theirs in pairs)
 
 
+@pytest.mark.parametrize("format_name", list(FORMATS))
 def test_trunk_runs_on_an_int4_kernel_and_the_head_is_dense(
-    tiny_int4: Path, run_vllm: RunVllm
+    tiny_int4: Path, in_format: InFormat, run_vllm: RunVllm, format_name: str
 ) -> None:
-    modules = run_vllm(tiny_int4, 1)["modules"]
+    modules = run_vllm(in_format(tiny_int4, format_name), 1)["modules"]
     trunk = {n: m for n, m in modules.items() if FUSED.match(n) and not n.startswith("draft:")}
     assert len(trunk) == 16  # 4 in each of the 4 blocks
     assert all(module["kernel"] for module in trunk.values()), trunk
@@ -62,6 +64,28 @@ def test_acceptance_is_that_of_the_base(tiny: Path, tiny_int4: Path, run_vllm: R
     assert base["drafts"] > 500
     assert acceptance(int4) > 0.4
     assert abs(acceptance(int4) - acceptance(base)) < 0.03
+
+
+@pytest.mark.parametrize("format_name", ["gptq", "compressed-tensors"])
+def test_every_format_is_the_same_model(
+    tiny_int4: Path, in_format: InFormat, run_vllm: RunVllm, format_name: str
+) -> None:
+    one, other = run_vllm(tiny_int4, 1), run_vllm(in_format(tiny_int4, format_name), 1)
+    assert one["outputs"] == other["outputs"]
+    assert one["accepted_per_pos"] == other["accepted_per_pos"]
+
+
+@pytest.mark.parametrize("format_name", list(FORMATS))
+def test_a_quantized_mtp_layer_is_built_so_and_drafts_as_well(
+    tiny: Path, tiny_gptq_mtp4: Path, in_format: InFormat, run_vllm: RunVllm, format_name: str
+) -> None:
+    result = run_vllm(in_format(tiny_gptq_mtp4, format_name), 1)
+    layer = {n: m for n, m in result["modules"].items() if n.startswith("draft:model.layers.0.")}
+    fused = [module for name, module in layer.items() if FUSED.match(name)]
+    assert len(fused) == 4
+    assert all(module["kernel"] for module in fused)
+    assert result["modules"]["draft:model.fc"]["kernel"] is None
+    assert abs(acceptance(result) - acceptance(run_vllm(tiny, 1))) < 0.03
 
 
 def test_our_acceptance_is_vllms(
@@ -123,7 +147,7 @@ def test_a_lost_mtp_tensor_is_silent_in_vllm_and_an_error_here(
         load_model(broken)
     base = without_tensor(tiny, "mtp.fc.weight", tmp_path / "base")
     with CheckpointReader(base) as reader, pytest.raises(PlanError, match=r"lacks mtp\.fc\.weight"):
-        plan_tensors(architecture_of(reader.config), reader.index, grid_of(Recipe()))
+        plan_tensors(architecture_of(reader.config), reader.index, Scheme())
 
 
 def test_a_head_declared_quantized_is_an_error_here(tiny_int4: Path, tmp_path: Path) -> None:

@@ -108,14 +108,21 @@ def counters(llm) -> dict:
     }
 
 
+def disable_amx() -> None:
+    """Makes vLLM run the same kernels on all machines; call it before importing vLLM.
+
+    Its W4 kernel uses AMX tiles where the CPU has them without asking the kernel for leave first,
+    and dies of an illegal instruction.
+    """
+    import torch
+
+    torch.cpu._is_amx_tile_supported = lambda: False
+
+
 def run(job: dict) -> dict:
     """Load the model, generate greedily, and collect what the result file reports."""
     started = time.monotonic()
-    import torch
-
-    # vLLM's W4 kernel dies of an illegal instruction on some virtual machines that announce AMX
-    # tiles; without them all machines run the same code.
-    torch.cpu._is_amx_tile_supported = lambda: False
+    disable_amx()
     import vllm
 
     options = {}

@@ -22,7 +22,7 @@ def options_of(command: Any) -> dict[str, list[str]]:
 
 
 def test_the_commands() -> None:
-    assert sorted(commands()) == ["convert", "demo", "inspect", "quantize", "recipes"]
+    assert sorted(commands()) == ["convert", "demo", "inspect", "log", "quantize", "recipes"]
 
 
 def test_the_options_of_quantize() -> None:
@@ -51,6 +51,10 @@ def test_the_options_of_convert() -> None:
         "out": ["--out", "-o"],
         "to": ["--format", "-f"],
     }
+
+
+def test_the_options_of_log() -> None:
+    assert options_of(commands()["log"]) == {"checkpoint": ["checkpoint"], "plot": ["--plot"]}
 
 
 def test_the_options_of_demo_and_recipes() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,10 @@ class _CallRecorder(nn.Module):
     def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.kwargs = kwargs
         return hidden
+
+
+class _LastInput(Exception):
+    """Ends a pass through a block early."""
 
 
 class BlockRunner:
@@ -93,6 +97,33 @@ class BlockRunner:
             yield
         finally:
             for handle in handles:
+                handle.remove()
+
+    def run_to_inputs(
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        hidden: torch.Tensor,
+        parameters: Sequence[str],
+        on_input: OnInput,
+    ) -> None:
+        """Runs block ``index`` no further than the input of the last of ``parameters``.
+
+        They are in the order of execution; see ``inputs_of``. What lies behind, a large Linear
+        or all experts, is not computed.
+        """
+
+        def stop(_module: nn.Module, _args: tuple[torch.Tensor, ...]) -> None:
+            raise _LastInput
+
+        last = self._blocks[index].get_submodule(parameters[-1].rpartition(".")[0])
+        with self.inputs_of(index, parameters, on_input):
+            handle = last.register_forward_pre_hook(stop)  # after the one that tells
+            try:
+                self(index, weights, hidden)
+            except _LastInput:
+                pass
+            finally:
                 handle.remove()
 
     def __call__(

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from nybble.arch.groups import ATTENTION_GROUPS, MLP_GROUPS
 from nybble.arch.spec import Architecture, Experts, InputGroup, KeepRule, MtpSpec
+from nybble.core.errors import CheckpointError
 
 GDN_OUTPUT_GROUP = InputGroup(("linear_attn.out_proj",), "gdn", "linear_attn.out_proj")
 VISION_RULE = KeepRule(r"model\.visual\..+", "vision", "vision tower")
@@ -39,7 +40,12 @@ def decoder(
     """An architecture of these families; ``gdn_inputs`` are a DeltaNet's large input projections.
 
     In a block, groups stand in the order in which they are executed, the routed experts last.
+    Raises CheckpointError for a model without blocks.
     """
+    if text_config.num_hidden_layers < 1:
+        raise CheckpointError(
+            f"config.json has num_hidden_layers {text_config.num_hidden_layers}: there is no block"
+        )
     text_config._attn_implementation = "sdpa"
     # A loop over the experts: exact in any dtype on any device, and its gradients reach the
     # stacks. Grouped products, the default, want strides and types that our weights may lack.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nybble.arch.blocks import expected_shapes
 from nybble.arch.grids import LinearGroup, linear_groups, lm_head_grid, resolve_grids
@@ -44,10 +44,7 @@ class Keep:
     part: str
     reason: str
     modules: tuple[str, ...] = ()
-    """Of a stack of experts: the Linears that its rows are stored as, in order and in equal shares.
-
-    Loaders that take quantized experts one by one look for dense ones in the same way.
-    """
+    """Of a stack of experts: the Linears its rows are stored as, in order and in equal shares."""
 
 
 Fate = Quantize | Keep
@@ -78,6 +75,13 @@ class TensorPlan:
             if isinstance(fate, Keep):
                 yield name, fate
 
+    def keeping_stacks(self) -> TensorPlan:
+        """The same, but that kept stacks of experts are stored as such."""
+        whole = {
+            n: replace(f, modules=()) if isinstance(f, Keep) else f for n, f in self.fates.items()
+        }
+        return replace(self, fates=whole)
+
     def grids(self) -> dict[str, IntGrid]:
         """The grid of every quantized Linear, by its name."""
         return {m: fate.grid for _, fate in self.all_quantized() for m in fate.modules}
@@ -91,7 +95,9 @@ def plan_tensors(arch: Architecture, index: CheckpointIndex, scheme: Scheme) -> 
     """
     shapes = expected_shapes(arch)
     sources = {name: _sources(arch, index, name) for name in shapes}
-    missing = [name for name, tensors in sources.items() if not tensors]
+    missing = [
+        n for name, found in sources.items() if not found for n in _absent(arch, index, name)
+    ]
     if missing:
         raise PlanError(f"{index.folder} lacks {_listed(missing)}, which its config.json calls for")
     for name, shape in shapes.items():
@@ -123,6 +129,13 @@ def _sources(
         return {parameter: modules or (parameter.removesuffix(".weight"),)}
     parts: dict[str, tuple[str, ...]] = {f"{module}.weight": (module,) for module in modules}
     return parts if all(name in index for name in parts) else {}
+
+
+def _absent(arch: Architecture, index: CheckpointIndex, parameter: str) -> list[str]:
+    """The tensors to call missing: of a stack that is stored in parts, the parts that are not."""
+    modules = arch.experts.stacked_modules(parameter) if arch.experts else ()
+    absent = [f"{module}.weight" for module in modules if f"{module}.weight" not in index]
+    return absent if len(absent) < len(modules) else [parameter]
 
 
 def _check_stored(

@@ -105,6 +105,7 @@ FORMAT = Format(
     bits=gptq_tensors.BITS,
     suffixes=gptq_tensors.SUFFIXES,
     idle_suffixes=(gptq_tensors.GROUP_INDEX,),
+    dense_experts_apart=True,
     packed_specs=gptq_tensors.packed_specs,
     pack=gptq_tensors.pack,
     unpack=gptq_tensors.unpack,

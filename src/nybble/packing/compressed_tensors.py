@@ -181,6 +181,8 @@ FORMAT = Format(
     bits=BITS,
     suffixes=SUFFIXES,
     idle_suffixes=(),
+    # Transformers merges packed experts into its stacks, and chokes on dense ones among them.
+    dense_experts_apart=False,
     packed_specs=packed_specs,
     pack=pack,
     unpack=unpack,

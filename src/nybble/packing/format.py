@@ -52,6 +52,8 @@ class Format:
     """Of the names of a module's stored tensors, the codes' first."""
     idle_suffixes: tuple[str, ...]
     """Of tensors that others may add; ``unpack`` is to see them and checks that they do nothing."""
+    dense_experts_apart: bool
+    """Whether loaders look for experts that stay dense one by one, though the model has stacks."""
     packed_specs: Callable[[str, tuple[int, int], IntGrid], list[TensorSpec]]
     """(module, (N, K), grid) -> names, types and shapes of its stored tensors."""
     pack: Callable[[str, QuantizedWeight], dict[str, torch.Tensor]]

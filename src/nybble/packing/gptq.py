@@ -179,6 +179,7 @@ FORMAT = Format(
     bits=gptq_tensors.BITS,
     suffixes=(*gptq_tensors.SUFFIXES, gptq_tensors.GROUP_INDEX),
     idle_suffixes=(),
+    dense_experts_apart=True,
     packed_specs=packed_specs,
     pack=pack,
     unpack=gptq_tensors.unpack,

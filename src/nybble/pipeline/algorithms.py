@@ -84,7 +84,7 @@ def _rtn(block: Block, recipe: Recipe, moments: Moments) -> dict[str, Rounded]:
         for name in names:
             scales = start_scales(block, name, recipe.algorithm.scale_init, importance)
             weight = round_to_grid(block.matrix(name), scales, block.targets[name].grid)
-            rounded[name] = _diagonal_facts(block, name, weight, moments[names[0]])
+            rounded[name] = diagonal_facts(block, name, weight, moments[names[0]])
     return rounded
 
 
@@ -123,7 +123,7 @@ def _signround(
         on_step=on_step,
     )
     rounded = {
-        name: _diagonal_facts(block, name, weight, moments[name])
+        name: diagonal_facts(block, name, weight, moments[name])
         for name, weight in trained.quantized.items()
     }
     return rounded, trained
@@ -210,7 +210,7 @@ def _joined(block: Block, name: str, parts: list[tuple[QuantizedWeight, ModuleFa
     return Rounded(weight, tuple(facts for _, facts in parts for _ in range(per_expert)))
 
 
-def _diagonal_facts(
+def diagonal_facts(
     block: Block, name: str, weight: QuantizedWeight, moments: list[InputMoments]
 ) -> Rounded:
     """Facts of algorithms that know their inputs' mean squares only."""

@@ -104,9 +104,12 @@ def gather_moments(
 ) -> Moments:
     """Moments of what reaches the targets ``inputs`` from the quantized stream."""
     counter = MomentCounter(block, inputs, full, calibrated.streams.device)
-    run = calibrated.run(block, weights)
-    with calibrated.runner.inputs_of(block.index, inputs, counter.on_input):
-        calibrated.streams.scan(lambda batch: run(counter.watch(batch)))
+
+    def visit(batch: Batch) -> None:
+        hidden = counter.watch(batch).hidden
+        calibrated.runner.run_to_inputs(block.index, weights, hidden, inputs, counter.on_input)
+
+    calibrated.streams.scan(visit)
     return counter.moments
 
 

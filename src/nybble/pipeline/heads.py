@@ -9,11 +9,10 @@ import torch
 
 from nybble.arch.blocks import mtp_fusion
 from nybble.arch.spec import Architecture
-from nybble.pipeline.algorithms import gptq_group
+from nybble.pipeline.algorithms import diagonal_facts, gptq_group
 from nybble.pipeline.block import (
     Block,
     Calibrated,
-    ModuleFacts,
     Rounded,
     Target,
     importances,
@@ -61,7 +60,7 @@ def quantize_head(
     else:
         scales = start_scales(head, _HEAD, algorithm.scale_init, importances([moments]))
         weight = round_to_grid(weight_VD, scales, target.grid)
-        rounded = Rounded(weight, (ModuleFacts(moments.tokens),))
+        rounded = diagonal_facts(head, _HEAD, weight, [moments])
     return rounded, BlockLog(time.monotonic() - began)
 
 

@@ -111,8 +111,10 @@ def planned(reader: CheckpointReader, recipe: Recipe) -> tuple[Architecture, Ten
         raise CheckpointError(f"{reader.index.folder} is quantized already: give a BF16 base")
     arch = architecture_in(reader.config, reader.index)
     refuse_other_names(arch, reader.index)
-    plan = plan_tensors(arch, reader.index, recipe.scheme)
-    refusals = FORMATS[recipe.format].refusals(declaration(arch, plan.grids()))
+    plan, file_format = plan_tensors(arch, reader.index, recipe.scheme), FORMATS[recipe.format]
+    if not file_format.dense_experts_apart:
+        plan = plan.keeping_stacks()
+    refusals = file_format.refusals(declaration(arch, plan.grids()))
     if refusals:
         raise RecipeError(f"format {recipe.format}: {refusals[0]}")
     return arch, plan

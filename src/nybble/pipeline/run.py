@@ -113,7 +113,8 @@ class Run:
 
     def _quantize_head(self, target: Target, calibrated: Calibrated | None) -> None:
         name = self.arch.lm_head
-        self._refuse_non_finite(name)
+        for read in (name, self.arch.final_norm):
+            self._refuse_non_finite(read)
         self._hash_sources({name: None})
         weight = self.reader.view(name).to(self.device)
         norm = self.reader.read(self.arch.final_norm).to(self.device)
@@ -126,6 +127,8 @@ class Run:
         mtp = self.arch.mtp
         assert mtp is not None
         own = [name for name in mtp.shapes if not name.startswith(mtp.layer_prefix)]
+        for name in (*own, self.arch.final_norm):
+            self._refuse_non_finite(name)
         head = {name: self.reader.read(name) for name in own}
         norm = self.reader.read(self.arch.final_norm).to(self.device)
         next_embeds = self._embedded(rows.token_ids[:, 1:], calibrated.dtype)

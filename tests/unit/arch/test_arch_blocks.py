@@ -150,6 +150,24 @@ def test_inputs_of_linears_are_told_while_asked_for(
     assert not told
 
 
+def test_a_pass_to_the_last_input_tells_the_same_and_goes_no_further(
+    runner: BlockRunner, weights: dict[str, torch.Tensor]
+) -> None:
+    block = of_block(weights, 3)
+    hidden = torch.randn(2, SEQLEN, 128, generator=torch.Generator().manual_seed(0))
+    names = ["self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.gate_proj.weight"]
+    whole: dict[str, torch.Tensor] = {}
+    partly: dict[str, torch.Tensor] = {}
+    with runner.inputs_of(3, names, lambda name, _e, rows, _t: whole.update({name: rows})):
+        runner(3, block, hidden)
+    block["mlp.up_proj.weight"] = torch.zeros(1)  # would fail if it were run
+    runner.run_to_inputs(
+        3, block, hidden, names, lambda name, _e, rows, _t: partly.update({name: rows})
+    )
+    assert set(whole) == set(partly) == set(names)
+    assert all(torch.equal(whole[name], partly[name]) for name in names)
+
+
 def test_expected_shapes_are_those_of_the_checkpoint() -> None:
     for tiny in (Tiny(), Tiny(wrapper=False), Tiny(tied=True), Tiny(mtp=False)):
         shapes = {

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import read_weights
-from support.commands import Outcome, snapshot
+from support.commands import Outcome, refusal, snapshot
+
+from nybble.cli.tables import console
 
 Nybble = Callable[..., Outcome]
 
@@ -15,7 +17,7 @@ def inspected(nybble: Nybble, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     """The lines that ``inspect`` prints, on a wide terminal."""
 
     def run(*arguments: str | Path) -> list[str]:
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(console, "width", 200)
         outcome = nybble("inspect", *arguments)
         assert (outcome.code, outcome.err) == (0, "")
         return outcome.out.splitlines()
@@ -79,10 +81,35 @@ def test_another_grid_makes_other_sizes(
     assert eight[-1] == "2.1 MB -> 1.4 MB (69% of the base)"
 
 
+def test_heads_and_overrides_are_shown(
+    inspected: Callable[..., list[str]], tiny_base: Path
+) -> None:
+    settings = (
+        "scheme.mtp_bits=8",
+        "scheme.lm_head_bits=4",
+        'scheme.overrides=[{match="self_attn", keep=true}, {match="down_proj", group_size=-1}]',
+    )
+    lines = inspected(tiny_base, *(word for value in settings for word in ("--set", value)))
+    fates = {(line.split()[0], " ".join(line.split()[1:5])) for line in lines if "  " in line}
+    assert {
+        ("mtp", "kept: drafts must match"),
+        ("lm_head", "INT4, group 128 lm_head"),
+        ("attention", "kept: as the recipe"),
+    } <= fates
+    assert any("INT8, group 128" in line and "layers.0.mlp.down_proj" in line for line in lines)
+    assert any("INT4, per channel" in line and "mlp.down_proj" in line for line in lines)
+
+
+def test_an_override_that_does_nothing_is_refused(nybble: Nybble, tiny_base: Path) -> None:
+    override = 'scheme.overrides=[{match="nothing", keep=true}]'
+    outcome = nybble("inspect", tiny_base, "--set", override)
+    assert "'nothing' decides for no Linear" in refusal(outcome)
+
+
 def test_nothing_is_lost_on_a_narrow_terminal(
     nybble: Nybble, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(console, "width", 60)
     out = nybble("inspect", tiny_base, "--tensors").out
     assert max(len(line) for line in out.splitlines()) <= 120
     together = "".join(out.split())
