@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENGINE_VENV := .engine-venv
+LOADER_VENV := .loader-venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: setup demo test check fmt lint types layers size engine-env bench clean
+.PHONY: setup demo test check fmt lint types layers size engine-env loader-env bench clean
 
 setup: $(STAMP)
 
@@ -20,8 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/nybble demo --out demo-out
 
-# Real counterparts included: AutoRound's loader in Transformers, and vLLM on the CPU with MTP.
+# Real counterparts included: each format's own loader in Transformers, and vLLM on the CPU with MTP.
+# GPTQModel's environment needs a compiler and PCRE2: without them its tests are skipped, visibly.
 test: setup engine-env
+	-$(MAKE) loader-env
 	$(BIN)/pytest
 
 check: setup
@@ -47,9 +50,14 @@ size: setup
 engine-env:
 	bash tools/engine_env/build.sh $(ENGINE_VENV)
 
+loader-env:
+	bash tools/loader_env/build.sh $(LOADER_VENV)
+
 bench: setup
 	bash benchmarks/peers/build_env.sh auto_round
+	bash benchmarks/peers/build_env.sh llm_compressor
 	$(BIN)/python benchmarks/signround_ab.py
+	$(BIN)/python benchmarks/gptq_ab.py
 
 clean:
-	rm -rf $(VENV) $(ENGINE_VENV) .bench-venv demo-out tiny-build
+	rm -rf $(VENV) $(ENGINE_VENV) $(LOADER_VENV) .bench-venv demo-out tiny-build

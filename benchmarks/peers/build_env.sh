@@ -36,7 +36,8 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 "${pip[@]}" install --no-deps "$(grep '^torch==' "$requirements")"
 "${pip[@]}" install --no-deps --requirement "$requirements"
 "${pip[@]}" check
-if compgen -G "$venv/lib/python*/site-packages/nvidia*" >/dev/null; then
+# CUDA's libraries lie in a folder nvidia/; nvidia-ml-py, a single Python file, does not.
+if compgen -G "$venv/lib/python*/site-packages/nvidia/" >/dev/null; then
   echo "CUDA packages in $venv" >&2
   exit 1
 fi

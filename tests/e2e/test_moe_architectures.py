@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import VOCAB, read_json, read_weights, tiny_tokenizer
+from support.checkpoints import VOCAB, read_json, read_weights, tiny_tokenizer, write_weights
 from support.moe_checkpoints import (
     BLOCKS,
     EXPERTS,
@@ -67,6 +67,7 @@ each_form = pytest.mark.parametrize("moe", FORMS, ids=lambda m: f"{m.name} {m.fo
 each_family = pytest.mark.parametrize("moe", TWO, ids=["qwen3_5_moe", "qwen3_next"])
 GROUP = 32
 SCHEME = Scheme(group_size=GROUP)
+GRID = IntGrid(4, GROUP, signed_scales=True)
 ROWS, SEQLEN = 8, 64
 
 
@@ -148,17 +149,16 @@ def test_drafts_do_not_depend_on_how_the_experts_are_stored(tmp_path: Path, moe:
 def test_packed_experts_are_their_slices_packed_by_hand(tmp_path: Path, moe: Moe) -> None:
     base = write_moe(tmp_path / "base", moe)
     result = quantize(base, tmp_path / "out", Recipe(algorithm=Rtn(), scheme=SCHEME), "cpu").out
-    stored, grid = read_weights(result), IntGrid(4, GROUP)
+    stored = read_weights(result)
     expected: dict[str, torch.Tensor] = {}
     for name, tensor in model_tensors(moe).items():
         if ".mlp.experts." in name and not name.startswith("mtp."):
             for part, matrix in split_experts(name, tensor).items():
-                weight = rtn(matrix, grid, "minmax")
+                weight = rtn(matrix, GRID, "minmax")
                 expected |= FORMATS["auto_round"].pack(part.removesuffix(".weight"), weight)
     assert len(expected) == len(moe.moe_blocks) * EXPERTS * 3 * 3
     for name, tensor in expected.items():
         assert torch.equal(stored[name], tensor), name
-    assert not any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in stored)
 
 
 @each_form
@@ -252,7 +252,7 @@ def test_gptq_rounds_experts_that_saw_too_little_to_nearest(
     base = with_an_idle_expert(tmp_path / "base", moe)
     recipe = Recipe(algorithm=Gptq(scale_init="minmax"), calibration=short_text, scheme=SCHEME)
     result = quantize(base, tmp_path / "out", recipe, "cpu").out
-    stored, log, grid = read_weights(result), quant_log(result), IntGrid(4, GROUP)
+    stored, log = read_weights(result), quant_log(result)
     originals = {n: t for n, t in read_weights(base).items() if not n.startswith("mtp.")}
     stacks = [n for n in originals if n.endswith(("gate_up_proj", "experts.down_proj"))]
     for name in stacks:
@@ -261,7 +261,7 @@ def test_gptq_rounds_experts_that_saw_too_little_to_nearest(
     for module, row in log.items():
         is_expert = ".mlp.experts." in module
         assert (module in too_few) == (is_expert and int(row["tokens"]) < MIN_TOKENS), module
-        nearest = rtn(originals[f"{module}.weight"], grid, "minmax")
+        nearest = rtn(originals[f"{module}.weight"], GRID, "minmax")
         packed = FORMATS["auto_round"].pack(module, nearest)
         is_nearest = all(torch.equal(stored[n], tensor) for n, tensor in packed.items())
         assert is_nearest == (module in too_few), module
@@ -305,7 +305,7 @@ def test_padding_reaches_no_experts_moments() -> None:
 
 
 def _target() -> Target:
-    return Target(("e.0.down_proj", "e.1.down_proj"), IntGrid(4, 6), "experts")
+    return Target(("e.0.down_proj", "e.1.down_proj"), IntGrid(4, 6, signed_scales=True), "experts")
 
 
 # --- recipes that keep experts, and formats -------------------------------------------------------
@@ -362,8 +362,6 @@ def test_all_formats_mean_the_same(tmp_path: Path, moe: Moe) -> None:
 
 
 def test_a_result_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
-    from support.checkpoints import write_weights
-
     base = write_moe(tmp_path / "base", Moe(QWEN3_5))
     result = quantize(base, tmp_path / "out", Recipe(algorithm=Rtn(), scheme=SCHEME), "cpu").out
     tensors = read_weights(result)

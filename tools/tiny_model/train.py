@@ -23,9 +23,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextModel
+from transformers.models.qwen3_5.modeling_qwen3_5 import (
+    Qwen3_5DecoderLayer,
+    Qwen3_5RMSNorm,
+    Qwen3_5TextModel,
+)
 
-from nybble.arch.qwen3_5_mtp import Qwen3_5MtpHead
+from nybble.arch.mtp_head import MtpHead
 from nybble.core.cpu import flush_denormals
 from nybble.data.stdlib import Split
 
@@ -48,7 +52,7 @@ class TinyModel(nn.Module):
         super().__init__()
         text_config = tiny_config(tokenizer).text_config
         self.trunk = Qwen3_5TextModel(text_config)
-        self.mtp = Qwen3_5MtpHead(text_config)
+        self.mtp = MtpHead(text_config, Qwen3_5DecoderLayer, Qwen3_5RMSNorm)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         for name, parameter in [*self.mtp.named_parameters(), *self.lm_head.named_parameters()]:
             if parameter.ndim == 2 and "norm" not in name:
