@@ -33,6 +33,7 @@ BASES = {
 """As they are published: stacks in the one, experts one by one in the other."""
 KEPT = {"": (), "some": (r"layers\.[02]\.mlp\.experts",), "all": (r"mlp\.experts",)}
 """Which experts a recipe keeps."""
+BF16 = torch.bfloat16
 each_family = pytest.mark.parametrize("family", BASES)
 
 
@@ -83,9 +84,8 @@ def check_transformers(checkpoint: Path, folder: Path, *options: str) -> dict[st
     """Keys match and logits are as near to exact ones as ours; returns the Linears found."""
     (folder / "ids.json").write_text(json.dumps(ids().tolist()))
     files = (folder / "ids.json", folder / "logits.safetensors")
-    out = run(
-        sys.executable, "transformers_loader.py", checkpoint, "AutoModelForCausalLM", *files, *options
-    )  # fmt: skip
+    arguments = (checkpoint, "AutoModelForCausalLM", *files, *options)
+    out = run(sys.executable, "transformers_loader.py", *arguments)
     found = json.loads(out.splitlines()[-1])
     assert found["missing_keys"] == []
     # AutoRound has no use for the indices of groups that gptq checkpoints carry for others.
@@ -95,9 +95,6 @@ def check_transformers(checkpoint: Path, folder: Path, *options: str) -> dict[st
     assert distance(theirs, exact) < 1.25 * distance(ours, exact)
     assert isinstance(found["linears"], dict)
     return found["linears"]
-
-
-BF16 = torch.bfloat16
 
 
 @each_family
@@ -159,8 +156,8 @@ def check_vllm(checkpoint: Path, result: dict[str, Any], experts: dict[int, str]
         for gate in ("mlp.gate", "mlp.shared_expert_gate"):
             [name] = [n for n in modules if n.endswith(f"{block}.{gate}") and "draft" not in n]
             assert modules[name]["kernel"] is None
-        [shared] = [n for n in modules if n.endswith(f".{block}.mlp.shared_expert.gate_up_proj")
-                    and "draft" not in n]  # fmt: skip
+        fused = f".{block}.mlp.shared_expert.gate_up_proj"
+        [shared] = [n for n in modules if n.endswith(fused) and "draft" not in n]
         assert modules[shared]["kernel"] is not None
     drafts = [module for name, module in modules.items() if name.startswith("draft:")]
     assert all(module["kernel"] is None for module in drafts)

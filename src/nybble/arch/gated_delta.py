@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from nybble.arch.experts_loop import use_loop
 from nybble.arch.groups import ATTENTION_GROUPS, MLP_GROUPS
 from nybble.arch.spec import Architecture, Experts, InputGroup, KeepRule, MtpSpec
 from nybble.core.errors import CheckpointError
@@ -47,9 +48,7 @@ def decoder(
             f"config.json has num_hidden_layers {text_config.num_hidden_layers}: there is no block"
         )
     text_config._attn_implementation = "sdpa"
-    # A loop over the experts: exact in any dtype on any device, and its gradients reach the
-    # stacks. Grouped products, the default, want strides and types that our weights may lack.
-    text_config._experts_implementation = "eager"
+    use_loop(text_config)
     count = getattr(text_config, "num_experts", 0)
     mlp_groups = MLP_GROUPS + _SHARED_EXPERT_GROUPS if count else MLP_GROUPS
     return Architecture(

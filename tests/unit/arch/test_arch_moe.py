@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from nybble.arch.blocks import BlockRunner, expected_shapes
+from nybble.arch.experts_loop import run_experts
 from nybble.arch.grids import linear_groups
 from nybble.arch.plan import Keep, Quantize, TensorPlan, plan_tensors
 from nybble.arch.registry import architecture_in, architecture_of
@@ -217,6 +219,29 @@ def test_gradients_reach_the_experts_that_were_chosen(name: str) -> None:
         assert weight.grad is not None, part
         by_expert = weight.grad.flatten(1) if weight.ndim == 3 else weight.grad.flatten()[None]
         assert bool((by_expert.abs().sum(dim=1) > 0).all()), part
+
+
+@each_name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_loop_equals_transformers_own(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(9, HIDDEN, generator=generator).to(dtype)
+    # Nobody chooses expert 2.
+    chosen = torch.tensor([[0, 1], [1, 0], [3, 0], [3, 1], [0, 3], [1, 3], [0, 1], [3, 0], [1, 3]])
+    shares = torch.rand(9, PER_TOKEN, generator=generator).to(dtype)
+    experts = copy.deepcopy(reference(name).layers[0].mlp.experts).to(dtype).requires_grad_()
+    found, expected = [], []
+    for run, results in ((run_experts, found), (type(experts).forward, expected)):
+        experts.zero_grad()
+        results.append(run(experts, hidden, chosen, shares))
+        results[0].float().square().sum().backward()
+        results += [experts.gate_up_proj.grad, experts.down_proj.grad]
+    assert experts.config._experts_implementation == "eager"
+    assert torch.equal(found[0], expected[0])
+    for one, other in zip(found[1:], expected[1:], strict=True):  # sums over tokens in two orders
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert not bool(found[1][2].any())
+    assert bool(found[1][[0, 1, 3]].flatten(1).any(dim=1).all())
 
 
 def chosen_by_hand(block: Mapping[str, torch.Tensor], mlp_inputs: torch.Tensor) -> list[list[int]]:
