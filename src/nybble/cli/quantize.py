@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from nybble.cli.inspect import print_architecture, print_sizes
 from nybble.cli.tables import console, human_bytes, human_seconds, plan_table
 from nybble.packing.formats import FORMATS
+from nybble.pipeline.algorithms import MIN_TOKENS
 from nybble.pipeline.estimate import estimate
 from nybble.pipeline.events import OnEvent, Step
 from nybble.pipeline.manifest import peak_rss_bytes
@@ -32,10 +33,11 @@ def run(model: Path, out: Path, recipe: Recipe, device: str) -> None:
     if result.already_finished:
         console.print(f"{out} already holds this result; nothing to do", soft_wrap=True)
         return
-    if result.uncalibrated_experts:
+    if result.starved_experts:
+        fate = ", were rounded to nearest" if recipe.algorithm.name == "gptq" else ""
         console.print(
-            f"{result.uncalibrated_experts} of {result.experts} experts' Linears saw too few "
-            f"calibration tokens and were rounded to nearest: see {out / QUANT_LOG}",
+            f"{result.starved_experts} of {result.experts} experts saw fewer than {MIN_TOKENS} "
+            f"calibration tokens{fate}: use more rows (column tokens of {out / QUANT_LOG})",
             soft_wrap=True,
         )
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))

@@ -87,7 +87,7 @@ class ModuleFacts:
     damping_increases: int | None = None
     dead_channels: int | None = None
     too_few_tokens: bool = False
-    """An expert that saw too few to be calibrated: it was rounded to nearest."""
+    """An expert that saw too few to be calibrated well; gptq rounds it to nearest."""
     seconds: float | None = None
 
 

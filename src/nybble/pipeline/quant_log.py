@@ -48,7 +48,7 @@ class QuantLogRow:
     dead_channels: int | None
     """Input channels that were zero on all calibration tokens."""
     too_few_tokens: bool
-    """An expert that saw too few tokens to be calibrated: rounded to nearest."""
+    """An expert that saw too few tokens to be calibrated well; gptq rounds it to nearest."""
     block_loss_start: float | None
     """Mean squared error of the block's output in the first training batch, before training."""
     block_loss: float | None

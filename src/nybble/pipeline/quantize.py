@@ -50,9 +50,9 @@ class QuantizeResult:
     out: Path
     already_finished: bool
     experts: int = 0
-    """Linears of routed experts that were quantized."""
-    uncalibrated_experts: int = 0
-    """Those of them that saw too few tokens and were rounded to nearest."""
+    """Routed experts that were quantized, over all blocks."""
+    starved_experts: int = 0
+    """Those of them that saw too few calibration tokens."""
 
 
 def quantize(
@@ -97,9 +97,12 @@ def quantize(
                 cost=Cost(time.monotonic() - began, peak_rss_bytes()),
             )
             write_manifest(staging / MANIFEST, facts)
-    experts = [row for row in run.log if row.part == "experts"]
-    uncalibrated = sum(row.too_few_tokens for row in experts)
-    return QuantizeResult(out, False, len(experts), uncalibrated)
+    experts = {
+        row.module.rpartition(".")[0]: row.too_few_tokens
+        for row in run.log
+        if row.part == "experts"
+    }
+    return QuantizeResult(out, False, len(experts), sum(experts.values()))
 
 
 def planned(reader: CheckpointReader, recipe: Recipe) -> tuple[Architecture, TensorPlan]:
