@@ -86,8 +86,9 @@ PAGE = f"""# What quantizing the MTP layer costs
 
 `benchmarks/mtp_bits.py --prompts {{prompts}}`; bundled tiny model, held-out text, {{prompts}}
 greedy continuations of {NEW_TOKENS} tokens. `mtp.fc` and the norms are kept; one trunk, INT4 by
-GPTQ, for all but the first line (SignRound's head was calibrated on SignRound's trunk). The last column is the mean KL divergence of the kept head's drafts to the
-quantized head's, teacher-forced on the same text.
+GPTQ, for all but the first line (SignRound's head was calibrated on SignRound's trunk). The last
+column is the mean KL divergence of the kept head's drafts to the quantized head's, teacher-forced
+on the same text.
 
 | head | drafts accepted | drafts | KL of drafts |
 |---|---|---|---|

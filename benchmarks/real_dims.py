@@ -130,9 +130,10 @@ def check_shapes(rows: list[dict[str, str]]) -> list[str]:
 
 
 def check_weights(base: Path, out: Path) -> float:
-    """The largest de-quantization error in steps of the grid; half a step is rounding alone.
+    """The largest error of round to nearest in steps of the grid, by reading the packed file.
 
-    Exact for round to nearest only: GPTQ and SignRound may go further on purpose.
+    At most half a step inside the grid and a whole one at its shorter end: anything more would be
+    a packing error.
     """
     from nybble.checkpoint.reader import CheckpointReader
     from nybble.engine.load import dense_weight

@@ -18,7 +18,8 @@ MIN_SCALE = 2.0**-14
 """Smallest normal FP16 number; below it a BF16 scale is no longer exact in FP16."""
 MAX_SCALE = 2.0**15
 """Largest power of two that FP16 holds."""
-_CHUNK_ELEMENTS = 1 << 24
+_CPU_CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 26
+"""Elements of a chunk of rows."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,12 @@ def grouped(weight_OI: torch.Tensor, grid: IntGrid) -> torch.Tensor:
 
 
 def row_chunks(weight_OI: torch.Tensor) -> Iterator[slice]:
-    """Slices of rows small enough that float32 copies of one do not matter beside the weight."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, weight_OI.shape[1]))
+    """Slices of rows for work that would otherwise make float32 copies of the whole weight.
+
+    On a CPU they fit its cache, where elementwise work is several times as fast (docs/LOG.md).
+    """
+    elements = _CPU_CHUNK if weight_OI.device.type == "cpu" else _DEVICE_CHUNK
+    step = max(1, elements // max(1, weight_OI.shape[1]))
     return (slice(start, start + step) for start in range(0, len(weight_OI), step))
 
 
