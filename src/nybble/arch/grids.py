@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nybble.arch.spec import Architecture, InputGroup
 from nybble.core.errors import RecipeError
@@ -44,7 +44,8 @@ def linear_groups(arch: Architecture, parameters: Collection[str]) -> Iterator[L
             yield LinearGroup(stacks, modules, block, "experts")
     if arch.mtp:
         for group in arch.mtp.input_groups:
-            yield _group(arch.mtp.layer_prefix, group, arch.num_blocks)
+            found = _group(arch.mtp.layer_prefix, group, arch.num_blocks)
+            yield replace(found, part="mtp")
 
 
 def _group(prefix: str, group: InputGroup, block: int) -> LinearGroup:
