@@ -185,9 +185,9 @@ def _figure(title: str, rows: Sequence[ModuleLog], panels: Sequence[Measure]) ->
 
 def _places(rows: Sequence[ModuleLog]) -> _Places:
     extra = {
-        row.block: "MTP" if row.section == "mtp" else "head"
+        row.block: "MTP" if row.part == "mtp" else "head"
         for row in sorted(rows, key=lambda row: row.block)
-        if row.section in ("mtp", "lm_head")
+        if row.part in ("mtp", "lm_head")
     }
     return _Places(tuple(sorted({row.block for row in rows}.difference(extra))), extra)
 

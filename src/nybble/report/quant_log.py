@@ -12,7 +12,6 @@ from nybble.core.errors import CheckpointError
 
 FILE_NAME = "quant_log.csv"
 _LARGEST = 2**63
-_MTP_PREFIX = "mtp."
 _EXPERTS = "experts"
 
 
@@ -41,11 +40,6 @@ class ModuleLog:
     seconds: float | None
     """Of this module alone."""
     block_seconds: float
-
-    @property
-    def section(self) -> str:
-        """The part, or ``mtp`` for all of the MTP head's layer."""
-        return "mtp" if self.module.startswith(_MTP_PREFIX) else self.part
 
     @property
     def is_expert(self) -> bool:

@@ -37,9 +37,9 @@ class SectionSummary:
 
 def summarize(rows: Sequence[ModuleLog]) -> list[SectionSummary]:
     """One summary for each part that occurs, in the order of a model; unknown parts last."""
-    found = {row.section for row in rows}
+    found = {row.part for row in rows}
     order = [name for name in _SECTIONS if name in found] + sorted(found.difference(_SECTIONS))
-    return [_summary(name, [row for row in rows if row.section == name]) for name in order]
+    return [_summary(name, [row for row in rows if row.part == name]) for name in order]
 
 
 def worst_modules(rows: Sequence[ModuleLog], count: int) -> list[ModuleLog]:

@@ -25,7 +25,7 @@ def rows(make_row: MakeRow) -> list[ModuleLog]:
         ("model.layers.1.self_attn.q_proj", 1, "attention"),
         ("model.layers.0.mlp.up_proj", 0, "mlp"),
         *((f"model.layers.1.mlp.experts.{i}.up_proj", 1, "experts") for i in range(4)),
-        ("mtp.layers.0.mlp.up_proj", 2, "mlp"),
+        ("mtp.layers.0.mlp.up_proj", 2, "mtp"),
         ("lm_head", 3, "lm_head"),
     ]
     return [

@@ -151,11 +151,6 @@ def test_a_damaged_cell_is_named(
     )
 
 
-def test_the_layer_of_the_mtp_head_is_a_section(make_row: Callable[..., ModuleLog]) -> None:
-    assert make_row(module="mtp.layers.0.mlp.up_proj").section == "mtp"
-    assert make_row(part="gdn").section == "gdn"
-
-
 def test_the_error_is_compared_where_both_are_known(make_row: Callable[..., ModuleLog]) -> None:
     assert make_row().error_ratio == 0.25
     assert make_row(output_error=None).error_ratio is None

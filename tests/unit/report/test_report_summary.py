@@ -78,7 +78,7 @@ def test_only_experts_can_have_too_few_tokens(make_row: MakeRow) -> None:
 def test_sections_are_in_the_order_of_a_model(make_row: MakeRow) -> None:
     rows = [
         make_row(module="lm_head", part="lm_head"),
-        make_row(module="mtp.layers.0.mlp.up_proj", part="mlp"),
+        make_row(module="mtp.layers.0.mlp.up_proj", part="mtp"),
         make_row(module="x", part="vision"),
         make_row(module="y", part="audio"),
         make_row(module="a", part="attention"),
