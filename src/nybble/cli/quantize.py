@@ -56,7 +56,7 @@ def print_estimate(model: Path, recipe: Recipe, device: str) -> None:
     console.print(plan_table(needs.arch, needs.plan, FORMATS[recipe.format], every_tensor=False))
     print_sizes(needs.plan, recipe)
     console.print(
-        f"memory: {human_bytes(needs.block_bytes)} for a block and its training, "
+        f"memory: {human_bytes(needs.block_bytes)} for the largest block and its training, "
         f"{human_bytes(needs.stream_bytes)} for the calibration rows, beside one batch's "
         "activations and the libraries"
     )

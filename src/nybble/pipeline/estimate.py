@@ -37,7 +37,7 @@ class Estimate:
     base_bytes: int
     output_bytes: int
     block_bytes: int
-    """The largest block's weights and all that is trained with them."""
+    """The weights of the largest block (or the output head) and what quantizing them takes."""
     stream_bytes: int
     """The activation streams, on the host."""
     seconds: float
@@ -73,7 +73,8 @@ def estimate(model: Path, recipe: Recipe, device: str) -> Estimate:
         base_bytes=sum(info.nbytes for info in plan.infos.values()),
         output_bytes=output_bytes(plan, recipe),
         block_bytes=max(
-            _block_bytes(plan, arch, recipe, blocks[0], dtype_bytes) for blocks in kinds
+            _head_bytes(plan, arch, recipe),
+            *(_block_bytes(plan, arch, recipe, blocks[0], dtype_bytes) for blocks in kinds),
         ),
         stream_bytes=streams * tokens * arch.text_config.hidden_size * dtype_bytes,
         seconds=seconds,
@@ -106,16 +107,30 @@ def _block_bytes(
     if not chosen and recipe.needs_text:  # rows pass it all the same
         return weights + dtype_bytes * sum(info.numel for info in infos)
     if isinstance(recipe.algorithm, Gptq):
-        # In the compute dtype, and float32 [I, I] for each input: its moments, and while one is
-        # factorized its second moment and two more.
-        widths = sorted(info.shape[-1] for info in chosen)
-        squares = sum(width**2 for width in set(widths)) + 3 * widths[-1] ** 2
+        # In the compute dtype, and float32 [I, I] for each input (of each expert): its moments,
+        # and while one is factorized its second moment and two more.
+        experts = arch.experts.count if arch.experts else 1
+        inputs = {
+            (fate.part == "experts", plan.infos[name].shape[-1])
+            for name, fate in plan.quantized(index).items()
+        }
+        squares = sum((experts if routed else 1) * width**2 for routed, width in inputs)
+        squares += 3 * max(width for _, width in inputs) ** 2
         return weights + dtype_bytes * sum(info.numel for info in infos) + 4 * squares
     if not recipe.trains:
         return weights + dtype_bytes * sum(trained)
     # Per weight: V (float32), the fake-quantized copy, its gradient in turn, best codes (int8);
     # and float32 temporaries of the largest weight in the backward of the rounding.
     return weights + (4 + dtype_bytes + 1) * sum(trained) + 5 * 4 * max(trained)
+
+
+def _head_bytes(plan: TensorPlan, arch: Architecture, recipe: Recipe) -> int:
+    """Of a quantized output head: the weight, its codes, the packed words; GPTQ's squares."""
+    fate, info = plan.fates[arch.lm_head], plan.infos[arch.lm_head]
+    if not isinstance(fate, Quantize):
+        return 0
+    squares = 4 * info.shape[-1] ** 2 if isinstance(recipe.algorithm, Gptq) else 0
+    return info.nbytes + info.numel + info.numel * fate.grid.bits // 8 + 4 * squares
 
 
 def _block_seconds(
