@@ -94,11 +94,8 @@ def _signround(
     """Importance is measured on the base stream, which has to pass the block anyway."""
     algorithm, runner, streams = recipe.algorithm, calibrated.runner, calibrated.streams
     assert isinstance(algorithm, SignRound)
-    counter = MomentCounter(block, _firsts(block), full=False, device=streams.device)
-    base = calibrated.run(block, block.cast(calibrated.dtype))
-    with runner.inputs_of(block.index, _firsts(block), counter.on_input):
-        streams.advance_base(lambda batch: base(counter.watch(batch)))
-    moments = {name: counter.moments[names[0]] for names in block.inputs for name in names}
+    gathered = _advance_base(block, calibrated)
+    moments = {name: gathered[names[0]] for names in block.inputs for name in names}
     kept = block.cast(calibrated.dtype, skip=block.targets)
     lr = algorithm.lr or 1 / algorithm.iters
     trained = signround(
@@ -127,6 +124,15 @@ def _signround(
         for name, weight in trained.quantized.items()
     }
     return rounded, trained
+
+
+def _advance_base(block: Block, calibrated: Calibrated) -> Moments:
+    """Moves the base stream on; its weights are gone before any training starts."""
+    counter = MomentCounter(block, _firsts(block), False, calibrated.streams.device)
+    base = calibrated.run(block, block.cast(calibrated.dtype))
+    with calibrated.runner.inputs_of(block.index, _firsts(block), counter.on_input):
+        calibrated.streams.advance_base(lambda batch: base(counter.watch(batch)))
+    return counter.moments
 
 
 def _gptq(block: Block, algorithm: Gptq, calibrated: Calibrated) -> dict[str, Rounded]:
