@@ -33,7 +33,7 @@ def make_tiny(tmp_path: Path) -> Callable[..., Path]:
     """Makes a tiny checkpoint of one's own: ``make_tiny("name", seed=3)``."""
 
     def make(name: str = "base", **values: object) -> Path:
-        return write_tiny(tmp_path / name, Tiny(**values))  # type: ignore[arg-type]
+        return write_tiny(tmp_path / name, Tiny(**values))
 
     return make
 

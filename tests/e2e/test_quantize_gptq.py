@@ -124,8 +124,8 @@ def test_scales_stay_those_of_the_original_columns(quantized: Quantized, tiny_ba
 
 @pytest.mark.parametrize("start", ["minmax", "mse", "importance"])
 def test_signround_without_steps_rounds_to_nearest(quantized: Quantized, start: str) -> None:
-    still = quantized(SignRound(iters=0, scale_init=start))  # type: ignore[arg-type]
-    nearest = quantized(Rtn(scale_init=start))  # type: ignore[arg-type]
+    still = quantized(SignRound(iters=0, scale_init=start))
+    nearest = quantized(Rtn(scale_init=start))
     assert same_weights(still, nearest)
     manifest = read_json(still / "nybble.json")
     assert manifest["recipe"]["algorithm"]["iters"] == 0

@@ -299,14 +299,14 @@ def test_other_forms_of_checkpoints_work(
     base = make_tiny(**values)
     out = quantize(base, tmp_path / "out", signround_recipe, "cpu").out
     weights, stored = read_weights(base), read_weights(out)
-    modules = quantized_modules(Tiny(**values).prefix)  # type: ignore[arg-type]
+    modules = quantized_modules(Tiny(**values).prefix)
     for name, tensor in weights.items():
         if name.removesuffix(".weight") not in modules:
             assert data_of(tensor) == data_of(stored[name]), name
     model = load_model(out)
     assert (model.mtp is None) == (values == {"mtp": False})
     assert read_json(out / "config.json")["quantization_config"]["block_name_to_quantize"] == (
-        f"{Tiny(**values).prefix}layers"  # type: ignore[arg-type]
+        f"{Tiny(**values).prefix}layers"
     )
 
 

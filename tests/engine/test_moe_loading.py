@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         if not out.exists():
             overrides = tuple(Override(match=match, keep=True) for match in KEPT[kept])
             scheme = Scheme(group_size=32, overrides=overrides)
-            recipe = Recipe(algorithm=Rtn(), scheme=scheme, format=file_format)  # type: ignore[arg-type]
+            recipe = Recipe(algorithm=Rtn(), scheme=scheme, format=file_format)
             quantize(bases[family], out, recipe, "cpu")
         return out
 

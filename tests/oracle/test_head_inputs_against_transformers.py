@@ -106,7 +106,7 @@ def test_the_mtp_layers_inputs(
     real = run.enter_mtp_layer
 
     def spy(*arguments: object) -> Calibrated:
-        entered = real(*arguments)  # type: ignore[arg-type]
+        entered = real(*arguments)
         streams = entered.streams
         assert streams.mask is not None
         base_stream = None if streams.base is None else streams.base.clone()

@@ -199,7 +199,9 @@ def tiny_tensors(tiny: Tiny) -> dict[str, torch.Tensor]:
     if tiny.mtp:
         shapes |= MTP_SHAPES
     generator = torch.Generator().manual_seed(tiny.seed)
-    tensors = {name: _values(name, shape, generator) for name, shape in sorted(shapes.items())}
+    tensors = {
+        name: plausible_values(name, shape, generator) for name, shape in sorted(shapes.items())
+    }
     if tiny.float32_a_log:
         for name in tensors:
             if name.endswith("A_log"):
@@ -207,7 +209,8 @@ def tiny_tensors(tiny: Tiny) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def plausible_values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Random BF16 weights of the sizes that tensors of this name have."""
     values = torch.randn(shape, generator=generator)
     if name.endswith("A_log"):
         values = values.abs() + 0.1

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from support.checkpoints import VISION_VALUES, VOCAB, tiny_tokenizer, write_json, write_weights
+from support.checkpoints import (
+    VISION_VALUES,
+    VOCAB,
+    plausible_values,
+    tiny_tokenizer,
+    write_json,
+    write_weights,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 HIDDEN, EXPERTS, PER_TOKEN, INNER, SHARED = 128, 4, 2, 64, 128
@@ -165,7 +172,9 @@ def model_tensors(moe: Moe) -> dict[str, torch.Tensor]:
     if moe.mtp:
         shapes |= MTP_SHAPES
     generator = torch.Generator().manual_seed(moe.seed)
-    return {name: _values(name, shape, generator) for name, shape in sorted(shapes.items())}
+    return {
+        name: plausible_values(name, shape, generator) for name, shape in sorted(shapes.items())
+    }
 
 
 def moe_tensors(moe: Moe) -> dict[str, torch.Tensor]:
@@ -192,21 +201,6 @@ def split_experts(name: str, stack: torch.Tensor) -> dict[str, torch.Tensor]:
         else:
             parts[f"{owner}.{expert}.down_proj.weight"] = matrix.clone()
     return parts
-
-
-def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(shape, generator=generator)
-    if name.endswith("A_log"):
-        values = values.abs() + 0.1
-    elif name.endswith("linear_attn.norm.weight"):
-        values = 1 + 0.1 * values  # the one norm whose weight is not an offset from 1
-    elif len(shape) == 1:
-        values = 0.1 * values
-    elif name.endswith("conv1d.weight") or "embed" in name:
-        values = 0.5 * values
-    else:
-        values = values / shape[-1] ** 0.5
-    return values.bfloat16()
 
 
 def write_moe(folder: Path, moe: Moe, tensors: Mapping[str, torch.Tensor] | None = None) -> Path:

@@ -14,7 +14,6 @@ from nybble.pipeline.block import (
     Block,
     Calibrated,
     Rounded,
-    Target,
     importances,
     round_data_free,
     start_scales,
@@ -25,29 +24,24 @@ from nybble.quant.grid import round_to_grid
 from nybble.quant.moments import InputMoments
 from nybble.recipe.schema import Gptq, Recipe
 
-_HEAD = "weight"
-
 
 def quantize_head(
-    weight_VD: torch.Tensor,
-    target: Target,
-    recipe: Recipe,
-    calibrated: Calibrated | None,
-    norm_D: torch.Tensor,
+    head: Block, recipe: Recipe, calibrated: Calibrated | None, norm_D: torch.Tensor
 ) -> tuple[Rounded, BlockLog]:
-    """The output head, by GPTQ if that is the recipe's algorithm, else rounded to nearest.
+    """The only target of ``head``, by GPTQ if that is the recipe's algorithm, else to nearest.
 
     SignRound has no block here whose output could be a target; 8 bits leave it little to learn.
     The calibration rows must be past the last block; ``norm_D`` is the final norm's weight.
     """
     began = time.monotonic()
-    head = Block(-1, {_HEAD: weight_VD}, {_HEAD: target}, ((_HEAD,),))
     algorithm = recipe.algorithm
+    [(name, target)] = head.targets.items()
+    weight = head.matrix(name)
     if calibrated is None:
-        rounded = round_data_free(head, algorithm.scale_init)[_HEAD]
+        rounded = round_data_free(head, algorithm.scale_init)[name]
         return rounded, BlockLog(time.monotonic() - began)
     is_gptq = isinstance(algorithm, Gptq)
-    moments = InputMoments(weight_VD.shape[1], calibrated.streams.device, full=is_gptq)
+    moments = InputMoments(weight.shape[1], calibrated.streams.device, full=is_gptq)
     norm = norm_D.to(calibrated.dtype)
 
     def count(batch: Batch) -> None:
@@ -56,11 +50,11 @@ def quantize_head(
 
     calibrated.streams.scan(count)
     if isinstance(algorithm, Gptq):
-        rounded = gptq_group(head, (_HEAD,), algorithm, [moments])[_HEAD]
+        rounded = gptq_group(head, (name,), algorithm, [moments])[name]
     else:
-        scales = start_scales(head, _HEAD, algorithm.scale_init, importances([moments]))
-        weight = round_to_grid(weight_VD, scales, target.grid)
-        rounded = diagonal_facts(head, _HEAD, weight, [moments])
+        scales = start_scales(head, name, algorithm.scale_init, importances([moments]))
+        nearest = round_to_grid(weight, scales, target.grid)
+        rounded = diagonal_facts(head, name, nearest, [moments])
     return rounded, BlockLog(time.monotonic() - began)
 
 

@@ -118,9 +118,9 @@ class Run:
         self._hash_sources({name: None})
         weight = self.reader.view(name).to(self.device)
         norm = self.reader.read(self.arch.final_norm).to(self.device)
-        rounded, log = quantize_head(weight, target, self.recipe, calibrated, norm)
-        block = Block(self.arch.num_blocks + 1, {name: weight}, {name: target}, ((name,),))
-        self._store(block, name, rounded, log)
+        head = Block(self.arch.num_blocks + 1, {name: weight}, {name: target}, ((name,),))
+        rounded, log = quantize_head(head, self.recipe, calibrated, norm)
+        self._store(head, name, rounded, log)
         self.reader.release()
 
     def _enter_mtp_layer(self, calibrated: Calibrated, rows: Rows) -> Calibrated:

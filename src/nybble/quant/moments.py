@@ -23,8 +23,8 @@ def full_float32_products() -> Iterator[None]:
     TF32 on CUDA and BF16 in oneDNN keep 10 and 7 bits of a factor. A Hessian's small eigenvalues,
     which decide where GPTQ moves its errors, lie far below that.
     """
-    # torch makes the second one at import, unseen by mypy.
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch adds it at import
+    backends = (torch.backends.cuda.matmul, onednn)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -39,7 +39,7 @@ class InputMoments:
     """Sums of x xᵀ, or of x² alone, over the tokens x [I] that reached one input.
 
     ``sums`` (float32, [I, I] or [I], on the given device) and ``tokens`` are plain sums, so parts
-    counted apart add up (``merge``). Of ``sums`` [I, I] only the part on and above the diagonal
+    counted apart add up. Of ``sums`` [I, I] only the part on and above the diagonal
     has a meaning: the rest would double the arithmetic and is mirrored in the end.
     """
 
@@ -62,11 +62,6 @@ class InputMoments:
             for start in range(0, len(self.sums), _STRIP):
                 strip = self.sums[start : start + _STRIP, start:]
                 strip.addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
-
-    def merge(self, other: InputMoments) -> None:
-        """Adds what another object counted for the same input."""
-        self.sums += other.sums.to(self.sums.device)
-        self.tokens += other.tokens
 
     def second_moment(self) -> torch.Tensor:
         """E[x xᵀ], float32 [I, I]: a new tensor.

@@ -74,7 +74,7 @@ def check_plot_file(path: Path) -> None:
     if path.suffix.lower() not in _SUFFIXES:
         raise RecipeError(f"--plot {path}: give a file that ends in {' or '.join(_SUFFIXES)}")
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401 - only whether it is there
     except ImportError as error:
         raise RecipeError(
             f"--plot needs matplotlib: pip install 'nybble[plots]' ({error})"

@@ -57,7 +57,7 @@ def refused(tiny: Tiny = FORMS[0], change: Change = lambda _: None, scheme: Sche
 
 def altered(name: str, **values: object) -> Change:
     def change(infos: dict[str, TensorInfo]) -> None:
-        infos[name] = dataclasses.replace(infos[name], **values)  # type: ignore[arg-type]
+        infos[name] = dataclasses.replace(infos[name], **values)
 
     return change
 

@@ -110,7 +110,7 @@ def test_unknown_name(tmp_path: Path) -> None:
     checkpoint(tmp_path)
     with CheckpointReader(tmp_path) as reader:
         for method in (reader.read, reader.view, reader.raw, reader.sha256):
-            message = refusal(lambda method=method: method("layers.0.up.weigth"))  # type: ignore[misc]
+            message = refusal(lambda method=method: method("layers.0.up.weigth"))
             assert "no tensor 'layers.0.up.weigth'; did you mean 'layers.0.up.weight'?" in message
         assert refusal(lambda: reader.read("?")).endswith("no tensor '?'")
 

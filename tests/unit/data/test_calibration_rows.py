@@ -285,7 +285,7 @@ def test_text_longer_than_the_tokenizers_limit_is_no_warning(
     # The tokenizer says it once in its life, so this test takes a new one.
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign,assignment]
+    handler.emit = records.append
     logging.getLogger("transformers").addHandler(handler)
     try:
         source = _source(tmp_path, [" ".join(WORDS * 9)])

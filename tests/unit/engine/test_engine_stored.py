@@ -241,7 +241,7 @@ def with_heads(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         out = folder / name
         if not out.exists():
             scheme = Scheme(bits=4, group_size=64, lm_head_bits=8, mtp_bits=8)
-            recipe = Recipe(algorithm=Rtn(), scheme=scheme, format=name)  # type: ignore[arg-type]
+            recipe = Recipe(algorithm=Rtn(), scheme=scheme, format=name)
             quantize(tiny_base, out, recipe, "cpu")
         return out
 

@@ -93,7 +93,7 @@ def test_a_second_moment_that_is_not_finite(value: float, place: tuple[int, int]
 @pytest.mark.parametrize("settings", [{"damp": 0.0}, {"damp": 1.5}, {"block_size": 0}])
 def test_unusable_settings(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="unusable GPTQ settings"):
-        GptqSettings(**settings)  # type: ignore[arg-type]
+        GptqSettings(**settings)
 
 
 # The walk

@@ -30,6 +30,6 @@ def make_row() -> Callable[..., ModuleLog]:
     """A sound row with some fields changed."""
 
     def make(**changes: object) -> ModuleLog:
-        return dataclasses.replace(ROW, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(ROW, **changes)
 
     return make
