@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from nybble.arch import dense, gemma3, qwen3_5, qwen3_5_moe, qwen3_next
+from nybble.arch import dense, gemma3, qwen3_5, qwen3_next
 from nybble.arch.blocks import expected_shapes
 from nybble.arch.spec import Architecture, Config
 from nybble.checkpoint.index import CheckpointIndex
 from nybble.core.errors import CheckpointError, NybbleError, UnsupportedArchitecture
 
 _BUILDERS: dict[str, Callable[[Config], Architecture]] = {
-    "Qwen3_5ForConditionalGeneration": qwen3_5.architecture,
-    "Qwen3_5ForCausalLM": qwen3_5.architecture,
-    "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe.architecture,
-    "Qwen3_5MoeForCausalLM": qwen3_5_moe.architecture,
+    **dict.fromkeys(qwen3_5.FAMILIES, qwen3_5.architecture),
     "Qwen3NextForCausalLM": qwen3_next.architecture,
     **dict.fromkeys(dense.FAMILIES, dense.architecture),
     "Gemma3ForConditionalGeneration": gemma3.architecture,
