@@ -14,8 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeGuard
 
-import torch
-
 from nybble.checkpoint.ondisk import is_unicode, parse_object, regular_size, shown
 from nybble.core.errors import CheckpointError
 
@@ -25,37 +23,20 @@ MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 """The one header key that is not a tensor."""
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+ITEM_BYTES: Mapping[str, int] = MappingProxyType(
     {
-        "BOOL": torch.bool,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-        "F8_E8M0": torch.float8_e8m0fnu,
-        "U16": torch.uint16,
-        "I16": torch.int16,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "U32": torch.uint32,
-        "I32": torch.int32,
-        "F32": torch.float32,
-        "U64": torch.uint64,
-        "I64": torch.int64,
-        "F64": torch.float64,
-        "C64": torch.complex64,
+        **dict.fromkeys(("BOOL", "U8", "I8"), 1),
+        **dict.fromkeys(("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 1),
+        **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+        **dict.fromkeys(("U32", "I32", "F32"), 4),
+        **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
     }
 )
-"""The dtype of each safetensors name. Sub-byte types are left out: their shapes differ."""
+"""Bytes of one element, by safetensors' names. Sub-byte types are left out: their shapes differ."""
 
-SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = MappingProxyType(
-    {dtype: name for name, dtype in TORCH_DTYPES.items()}
-)
-"""The safetensors name of each dtype."""
+LENGTH_BYTES = 8
+"""A file's first bytes: the length of its header."""
 
-_LENGTH_BYTES = 8
 _MAX_RANK = 64
 _MAX_SIZE = 2**63 - 1
 _GIT_LFS_START = b"version "
@@ -96,19 +77,31 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = _header_bytes(file, path, size)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return parse_header(header, path, size)
+
+
+def parse_header(header: bytes, path: Path, size: int) -> dict[str, TensorInfo]:
+    """The tensors that a header's JSON describes, in file order.
+
+    ``path`` names the file, of ``size`` bytes, in the results and in errors. Raises
+    CheckpointError as ``read_header`` does.
+    """
     entries = parse_object(header, f"{path}: header")
     _check_metadata(entries.pop(METADATA_KEY, {}), path)
-    data_start = _LENGTH_BYTES + len(header)
+    data_start = LENGTH_BYTES + len(header)
     infos = [_tensor_info(name, entry, path, data_start) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.start, info.stop))
     _check_coverage(infos, path, data_start, size)
     return {info.name: info for info in infos}
 
 
-def _header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
-    if size < _LENGTH_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file")
-    prefix = file.read(_LENGTH_BYTES)
+def header_length(prefix: bytes, path: Path) -> int:
+    """Bytes of the JSON that follows a file's first ``LENGTH_BYTES``.
+
+    Raises CheckpointError if these are no safetensors file's.
+    """
+    if len(prefix) < LENGTH_BYTES:
+        raise CheckpointError(f"{path}: {len(prefix)} bytes is too short for a safetensors file")
     if prefix == _GIT_LFS_START:
         raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; run 'git lfs pull'")
     length = int.from_bytes(prefix, "little")
@@ -117,13 +110,23 @@ def _header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
             f"{path}: header length {length} is not in 1..{MAX_HEADER_BYTES}; "
             "not a safetensors file"
         )
+    return length
+
+
+def _header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
+    length = header_length(file.read(LENGTH_BYTES), path)
     header = file.read(min(length, size))
+    check_whole(header, length, path)
+    return header
+
+
+def check_whole(header: bytes, length: int, path: Path) -> None:
+    """Raises CheckpointError if less than ``length`` bytes of a header could be read."""
     if len(header) < length:
         raise CheckpointError(
             f"{path}: truncated within the header, {length - len(header)} of its {length} bytes "
             "are missing; download the file again"
         )
-    return header
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:
@@ -138,9 +141,9 @@ def _tensor_info(name: str, entry: Any, path: Path, data_start: int) -> TensorIn
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where}: expected an object, found {shown(entry)}")
     dtype, shape, span = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{where}: unknown dtype {shown(dtype)}")
-    itemsize = TORCH_DTYPES[dtype].itemsize
+    itemsize = ITEM_BYTES[dtype]
     if not _are_sizes(shape) or not _is_addressable(shape, itemsize):
         raise CheckpointError(f"{where}: not a usable shape: {shown(shape)}")
     if not _are_sizes(span) or len(span) != 2 or span[0] > span[1]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from nybble.checkpoint.headers import TORCH_DTYPES, TensorInfo
+from nybble.checkpoint.dtypes import TORCH_DTYPES
+from nybble.checkpoint.headers import TensorInfo
 from nybble.checkpoint.index import CheckpointIndex, open_index, read_config
 from nybble.checkpoint.ondisk import shown
 from nybble.core.errors import CheckpointError

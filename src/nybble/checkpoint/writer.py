@@ -19,7 +19,8 @@ from types import MappingProxyType, TracebackType
 
 import torch
 
-from nybble.checkpoint.headers import MAX_HEADER_BYTES, METADATA_KEY, SAFETENSORS_DTYPES
+from nybble.checkpoint.dtypes import SAFETENSORS_DTYPES
+from nybble.checkpoint.headers import MAX_HEADER_BYTES, METADATA_KEY
 from nybble.checkpoint.index import INDEX_NAME
 from nybble.checkpoint.ondisk import is_unicode, shown
 from nybble.core.atomic import fsync_path, write_bytes_atomic

@@ -12,7 +12,8 @@ from typing import Any
 
 from nybble.arch.blocks import expected_shapes
 from nybble.arch.spec import Architecture
-from nybble.checkpoint.headers import TORCH_DTYPES, TensorInfo
+from nybble.checkpoint.dtypes import TORCH_DTYPES
+from nybble.checkpoint.headers import TensorInfo
 from nybble.checkpoint.index import CheckpointIndex
 from nybble.core.errors import CheckpointError
 from nybble.packing.format import Format

@@ -15,7 +15,7 @@ from typing import Any
 from nybble.arch.blocks import expected_shapes
 from nybble.arch.registry import architecture_in
 from nybble.arch.spec import Architecture
-from nybble.checkpoint.headers import TORCH_DTYPES
+from nybble.checkpoint.dtypes import TORCH_DTYPES
 from nybble.checkpoint.ondisk import read_object
 from nybble.checkpoint.reader import CheckpointReader
 from nybble.checkpoint.sidecar import copy_sidecars, write_config

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nybble.arch.plan import Quantize, TensorPlan, plan_tensors
 from nybble.arch.registry import architecture_in, refuse_other_names
 from nybble.arch.spec import Architecture
-from nybble.checkpoint.headers import TORCH_DTYPES
+from nybble.checkpoint.dtypes import TORCH_DTYPES
 from nybble.checkpoint.reader import CheckpointReader
 from nybble.checkpoint.sidecar import copy_sidecars, write_config
 from nybble.checkpoint.writer import ShardWriter, TensorSpec, plan_shards

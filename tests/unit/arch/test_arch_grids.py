@@ -18,7 +18,8 @@ from support.checkpoints import (
 
 from nybble.arch.plan import Keep, Quantize, TensorPlan, plan_tensors
 from nybble.arch.registry import architecture_of
-from nybble.checkpoint.headers import SAFETENSORS_DTYPES, TensorInfo
+from nybble.checkpoint.dtypes import SAFETENSORS_DTYPES
+from nybble.checkpoint.headers import TensorInfo
 from nybble.checkpoint.index import CheckpointIndex
 from nybble.core.errors import RecipeError
 from nybble.quant.grid import IntGrid

@@ -9,12 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nybble.checkpoint.headers import (
-    MAX_HEADER_BYTES,
-    SAFETENSORS_DTYPES,
-    TORCH_DTYPES,
-    read_header,
-)
+from nybble.checkpoint.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES
+from nybble.checkpoint.headers import MAX_HEADER_BYTES, read_header
 from nybble.core.errors import CheckpointError
 
 

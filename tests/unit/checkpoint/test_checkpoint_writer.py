@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nybble.checkpoint.headers import TORCH_DTYPES, read_header
+from nybble.checkpoint.dtypes import TORCH_DTYPES
+from nybble.checkpoint.headers import read_header
 from nybble.checkpoint.index import open_index
 from nybble.checkpoint.reader import CheckpointReader
 from nybble.checkpoint.writer import ShardWriter, TensorSpec, plan_shards
