@@ -42,7 +42,7 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
     Returns the names relative to ``target``, sorted. Raises CheckpointError for a file that
     cannot be read (also a link to nowhere), OutputError for one that cannot be written.
     """
-    names = [name for name in _file_names(source) if _is_sidecar(name)]
+    names = [name for name in _file_names(source) if is_sidecar(name)]
     templates = source / _TEMPLATE_FOLDER
     if templates.is_dir():
         found = [name for name in _file_names(templates) if PurePath(name).suffix == ".jinja"]
@@ -51,6 +51,16 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
     for name in names:
         _copy(source / name, target / name)
     return sorted(names)
+
+
+def is_sidecar(name: str) -> bool:
+    """Whether ``copy_sidecars`` copies a file of this name."""
+    lower, suffix = name.lower(), PurePath(name).suffix.lower()
+    if lower.startswith((".", "readme")) or lower.endswith(".index.json"):
+        return False
+    if lower in _NOT_OURS or suffix in _NEVER:
+        return False
+    return suffix in _SUFFIXES or lower.startswith(_PREFIXES)
 
 
 def write_config(
@@ -79,15 +89,6 @@ def _file_names(folder: Path) -> list[str]:
         ]
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}: {error.strerror}") from error
-
-
-def _is_sidecar(name: str) -> bool:
-    lower, suffix = name.lower(), PurePath(name).suffix.lower()
-    if lower.startswith((".", "readme")) or lower.endswith(".index.json"):
-        return False
-    if lower in _NOT_OURS or suffix in _NEVER:
-        return False
-    return suffix in _SUFFIXES or lower.startswith(_PREFIXES)
 
 
 def _make_folder(folder: Path) -> None:

@@ -79,11 +79,22 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> ShardLayou
     can be used from the mapped file. Raises CheckpointError for a name twice, a name or dtype
     that safetensors cannot hold, no tensors at all, or a limit below 1.
     """
-    _check_specs(specs, max_shard_bytes)
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"the shard limit must be at least 1 byte, got {max_shard_bytes}")
     groups = _grouped(specs, max_shard_bytes)
-    shards = tuple(
-        _shard(_file_name(number, len(groups)), group) for number, group in enumerate(groups, 1)
+    return plan_files(
+        {_file_name(number, len(groups)): group for number, group in enumerate(groups, 1)}
     )
+
+
+def plan_files(files: Mapping[str, Sequence[TensorSpec]]) -> ShardLayout:
+    """A layout of given files and their tensors; each file is laid out as by ``plan_shards``.
+
+    Raises CheckpointError as ``plan_shards`` does.
+    """
+    specs = [spec for group in files.values() for spec in group]
+    _check_specs(specs)
+    shards = tuple(_shard(name, group) for name, group in files.items())
     return ShardLayout(
         shards=shards,
         total_size=sum(spec.nbytes for spec in specs),
@@ -93,9 +104,7 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> ShardLayou
     )
 
 
-def _check_specs(specs: Sequence[TensorSpec], max_shard_bytes: int) -> None:
-    if max_shard_bytes < 1:
-        raise CheckpointError(f"the shard limit must be at least 1 byte, got {max_shard_bytes}")
+def _check_specs(specs: Sequence[TensorSpec]) -> None:
     if not specs:
         raise CheckpointError("a checkpoint without tensors cannot be written")
     seen: set[str] = set()

@@ -19,16 +19,17 @@ from nybble.checkpoint.dtypes import TORCH_DTYPES
 from nybble.checkpoint.ondisk import read_object
 from nybble.checkpoint.reader import CheckpointReader
 from nybble.checkpoint.sidecar import copy_sidecars, write_config
+from nybble.checkpoint.staging import refuse_used, staged_folder
 from nybble.checkpoint.writer import ShardWriter, TensorSpec, plan_shards
 from nybble.core.atomic import write_bytes_atomic
-from nybble.core.errors import CheckpointError, OutputError, RecipeError
+from nybble.core.errors import CheckpointError, RecipeError
 from nybble.engine.declare import declaration
-from nybble.engine.load import quantized_weight
 from nybble.engine.stored import stored_grids, stored_parts
+from nybble.engine.weights import quantized_weight
 from nybble.packing.format import Format
 from nybble.packing.formats import FORMATS, format_of
 from nybble.pipeline.manifest import TensorRecord
-from nybble.pipeline.output import MANIFEST, staged_folder
+from nybble.pipeline.output import MANIFEST
 from nybble.pipeline.quantize import QUANT_LOG
 from nybble.quant.grid import IntGrid
 
@@ -43,7 +44,7 @@ def convert(source: Path, out: Path, format_name: str, max_shard_gb: float = 5.0
     """
     if format_name not in FORMATS:
         raise RecipeError(f"format {format_name!r} is unknown: give one of {', '.join(FORMATS)}")
-    _refuse_used(out)
+    refuse_used(out)
     with CheckpointReader(source) as reader:
         stored_as, target = format_of(reader.config), FORMATS[format_name]
         if stored_as is None:
@@ -134,15 +135,6 @@ def _packed_modules(
                 module = name.removesuffix(".weight")
                 packed[module], shapes[module] = grid, shape
     return packed, shapes
-
-
-def _refuse_used(out: Path) -> None:
-    try:
-        used = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    except OSError as error:
-        raise OutputError(f"cannot use {out}: {error.strerror}") from error
-    if used:
-        raise OutputError(f"{out} exists already: give another output folder")
 
 
 def _write_rest(

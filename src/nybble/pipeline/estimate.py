@@ -13,11 +13,11 @@ from nybble.arch.blocks import BlockRunner
 from nybble.arch.plan import Quantize, TensorPlan
 from nybble.arch.spec import Architecture
 from nybble.checkpoint.reader import CheckpointReader
+from nybble.engine.device import compute_dtype, resolve_device
 from nybble.packing.formats import FORMATS
 from nybble.pipeline.algorithms import quantize_block
 from nybble.pipeline.assemble import block_parameters, load_block
 from nybble.pipeline.block import Block, Calibrated
-from nybble.pipeline.device import compute_dtype, resolve_device
 from nybble.pipeline.quantize import output_specs, planned
 from nybble.pipeline.streams import Streams
 from nybble.quant.grid import IntGrid

@@ -1,15 +1,11 @@
-"""The result folder: staged beside its final place, and moved there only when complete."""
+"""Whether a run's result is there already."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from nybble.checkpoint.index import open_index
-from nybble.core.atomic import fsync_path
 from nybble.core.errors import OutputError
 
 MANIFEST = "nybble.json"
@@ -45,30 +41,3 @@ def is_finished(out: Path, job: str) -> bool:
         )
     open_index(out)  # raises if its weights are gone
     return True
-
-
-@contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
-    """A fresh folder beside ``out`` that becomes ``out`` if the body succeeds, else vanishes.
-
-    Raises OutputError if it cannot be created or moved.
-    """
-    out = out.resolve()
-    staging = out.with_name(out.name + ".partial")
-    try:
-        if staging.exists():
-            shutil.rmtree(staging)  # left by a run that was killed
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot create {staging}: {error.strerror}") from error
-    try:
-        yield staging
-        try:
-            staging.replace(out)  # over an empty folder, or where nothing is
-            fsync_path(out.parent)
-        except OSError as error:
-            raise OutputError(f"cannot move {staging} to {out}: {error.strerror}") from error
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise

@@ -18,14 +18,15 @@ from nybble.arch.spec import Architecture
 from nybble.checkpoint.dtypes import TORCH_DTYPES
 from nybble.checkpoint.reader import CheckpointReader
 from nybble.checkpoint.sidecar import copy_sidecars, write_config
+from nybble.checkpoint.staging import staged_folder
 from nybble.checkpoint.writer import ShardWriter, TensorSpec, plan_shards
 from nybble.core.atomic import write_bytes_atomic
 from nybble.core.errors import CheckpointError, RecipeError
 from nybble.data.rows import Rows, build_rows
 from nybble.engine.declare import declaration
+from nybble.engine.device import compute_dtype, resolve_device
 from nybble.packing.format import Format
 from nybble.packing.formats import FORMATS
-from nybble.pipeline.device import compute_dtype, resolve_device
 from nybble.pipeline.events import OnEvent, ignore
 from nybble.pipeline.manifest import (
     Cost,
@@ -34,7 +35,7 @@ from nybble.pipeline.manifest import (
     peak_rss_bytes,
     write_manifest,
 )
-from nybble.pipeline.output import MANIFEST, is_finished, staged_folder
+from nybble.pipeline.output import MANIFEST, is_finished
 from nybble.pipeline.quant_log import write_quant_log
 from nybble.pipeline.run import Run
 from nybble.pipeline.verify import verify_result

@@ -15,11 +15,11 @@ from nybble.checkpoint.reader import CheckpointReader
 from nybble.checkpoint.writer import ShardWriter
 from nybble.core.errors import QuantizationError
 from nybble.data.rows import Rows
+from nybble.engine.device import compute_dtype
 from nybble.packing.format import Format
 from nybble.pipeline.algorithms import quantize_block
 from nybble.pipeline.assemble import block_parameters, load_block, target_of
 from nybble.pipeline.block import Block, Calibrated, Rounded, Target
-from nybble.pipeline.device import compute_dtype
 from nybble.pipeline.events import OnEvent, Step
 from nybble.pipeline.heads import enter_mtp_layer, quantize_head
 from nybble.pipeline.manifest import TensorRecord

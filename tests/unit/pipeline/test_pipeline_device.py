@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nybble.core.errors import RecipeError
-from nybble.pipeline.device import compute_dtype, resolve_device
+from nybble.engine.device import compute_dtype, resolve_device
 
 
 def test_the_cpu_computes_in_float32_and_others_in_bfloat16() -> None:
