@@ -1,0 +1,266 @@
+"""What real engines make of sound and broken checkpoints, in terms that a verdict can be held to.
+
+The engines run as programs of their own (tests/engine/*_runner.py, transformers_batch_loader.py);
+here are the checkpoints they are given, and what their results mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nybble.doctor.findings import Harm, Part
+from nybble.doctor.verdict import Verdict
+
+from .broken_checkpoints import CASES, Corpus
+from .good_checkpoints import GOOD
+
+PROGRAMS = Path(__file__).parents[1] / "engine"
+ACCEPTED = 0.7
+"""The bundled model's drafts are accepted to 82 %, and 84 % after quantization."""
+ALIKE = 0.25
+"""Logits this near, root mean square, are those of the same model rounded otherwise."""
+EQUAL = 0.75
+"""Of greedy texts: the rest may part where two tokens are almost equally likely."""
+
+SOUND = tuple(name for name, good in GOOD.items() if good.runs_on_cpu)
+BROKEN = (
+    "config-cut-off-auto_round-w4",
+    "mtp-shard-missing-gptq-shards",
+    "mtp-shard-not-in-the-index-auto_round-shards",
+    "stale-shard-gptq-shards",
+    "lone-file-beside-the-index-auto_round-shards",
+    "shard-cut-off-compressed-tensors-shards",
+    "declaration-missing-auto_round-w4",
+    "packing-of-another-name-auto_round-w4",
+    "desc-act-undeclared-gptq-w4",
+    "group-size-misdeclared-compressed-tensors-w4",
+    "mtp-rule-missing-auto_round-w4",
+    "mtp-rule-missing-gptq-w4",
+    "mtp-rule-missing-compressed-tensors-w4",
+    "mtp-listed-as-quantized-auto_round-w4",
+    "mtp-declared-dense-gptq-mtp4",
+    "bare-prefix-ignored-compressed-tensors-w4",
+    "quantized-declared-dense-auto_round-w4",
+    "head-declared-quantized-gptq-w4",
+    "expression-does-not-compile-gptq-w4",
+    "entry-without-bits-auto_round-w4",
+    "block-list-of-the-text-model-auto_round-w4",
+    "module-list-is-flat-gptq-w4",
+    "group-order-declared-compressed-tensors-w4",
+    "status-frozen-compressed-tensors-w4",
+    "key-unknown-compressed-tensors-w4",
+    "head-tied-at-one-level-gptq-w4",
+    "mtp-head-undeclared-auto_round-w4",
+    "mtp-dropped-auto_round-w4",
+    "mtp-dropped-gptq-w4",
+    "mtp-fc-missing-compressed-tensors-w4",
+    "mtp-fc-missing-from-the-base-base",
+    "mtp-fc-transposed-auto_round-w4",
+    "mtp-fc-packed-auto_round-w4",
+    "mtp-layer-packed-compressed-tensors-w4",
+    "dense-declared-quantized-gptq-w4",
+    "fused-dense-declared-quantized-compressed-tensors-w4",
+    "fused-group-split-gptq-w4",
+    "fused-group-of-two-widths-compressed-tensors-w4",
+    "scales-missing-auto_round-w4",
+    "zeros-missing-gptq-w4",
+    "weight-left-beside-codes-gptq-w4",
+    "norm-missing-from-the-base-base",
+    "codes-transposed-compressed-tensors-w4",
+    "activation-order-gptq-w4",
+    "activation-order-undeclared-gptq-w4",
+    "zeros-of-version-2-auto_round-w4",
+    "cast-to-float16-compressed-tensors-w4",
+    "text-only-auto_round-w4",
+    "scales-not-finite-auto_round-w4",
+)
+NAMES = (*SOUND, *BROKEN)
+WITHOUT_MTP = tuple(name for name in BROKEN if name.startswith("mtp-rule-missing"))
+"""Run once more with MTP off."""
+OLD = (
+    "auto_round-w4",
+    "gptq-mtp4",
+    "compressed-tensors-shards",
+    *WITHOUT_MTP,
+    "mtp-listed-as-quantized-auto_round-w4",
+    "mtp-declared-dense-gptq-mtp4",
+    "mtp-dropped-auto_round-w4",
+    "mtp-fc-missing-compressed-tensors-w4",
+    "mtp-fc-packed-auto_round-w4",
+    "mtp-layer-packed-compressed-tensors-w4",
+)
+"""What old releases are given: where the MTP head is lost without a word."""
+_NO_CPU_KERNEL = re.compile("Failed to find a kernel|on CPU|Marlin does not support")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What an engine did with a checkpoint."""
+
+    raises: str | None
+    """The exception's name; '' if it stops for want of a CPU kernel, before anything else could."""
+    trunk: bool = False
+    """It computes what the sound checkpoint does."""
+    mtp: bool | None = None
+    """Its drafts are accepted as they should be; None: nobody looked."""
+    told: str = ""
+    """For people."""
+
+    def contradicts(self, verdict: Verdict) -> str | None:
+        """What the verdict foretold otherwise; None: it came true."""
+        outcomes = dict(verdict.outcomes)
+        outcomes.pop(Part.VISION, None)
+        if self.mtp is None and self.raises is None:
+            outcomes.pop(Part.MTP, None)
+        refused = [each for each in outcomes.values() if each.harm is Harm.REFUSED]
+        if self.raises is not None or refused:
+            names = {None if each.raises is None else _bare(each.raises) for each in refused}
+            fits = self.raises is not None and bool(names & {self.raises, None})
+            fits = fits or (self.raises == "" and bool(refused))
+            return None if fits else f"raises {self.raises!r}, foretold: {verdict.sentence}"
+        for part, fine in ((Part.TRUNK, self.trunk), (Part.MTP, self.mtp)):
+            if part in outcomes and fine != (outcomes[part].harm <= Harm.ABSENT):
+                return f"{part}: {self.told}, foretold: {verdict.sentence}"
+            if not fine:
+                break  # what a broken trunk's drafts are worth says nothing of the head
+        return None
+
+
+def failed(error: str) -> Observed:
+    """An engine that stopped, by the line its runner left."""
+    name, _, message = error.partition(":")
+    if name == "ValidationError":  # pydantic's, around what a config's own check raised
+        name = "AssertionError" if "Assertion failed" in message else "ValueError"
+    if _NO_CPU_KERNEL.search(message):
+        name = ""
+    return Observed(name, told=f"raises {error[:100]}")
+
+
+def _bare(exception: str) -> str:
+    """A name without its module: vLLM's ``regex`` has an ``error`` as ``re`` has."""
+    return exception.rpartition(".")[2]
+
+
+def reference(name: str) -> str:
+    """The sound checkpoint that a checkpoint should equal."""
+    start = CASES[name][1] if name in CASES else name
+    if start in ("base", "compressed-tensors-head4"):
+        return start
+    return "gptq-w4" if is_gptq(name) else "auto_round-w4"
+
+
+def seen_in_vllm(name: str, results: Mapping[str, Any]) -> Observed:
+    """What vLLM did with a checkpoint, among vllm_batch_runner's results."""
+    result = results[name]
+    if "error" in result:
+        return failed(result["error"])
+    equal = _equal(result["outputs"], results[reference(name.partition(":")[0])]["outputs"])
+    drafted = result["draft_tokens"]
+    rate = result["accepted"] / drafted if drafted else None
+    told = f"{equal:.0%} of texts as they should be"
+    if rate is not None:
+        told += f", {rate:.1%} of drafts accepted"
+    return Observed(None, equal >= EQUAL, None if rate is None else rate > ACCEPTED, told)
+
+
+def seen_in_old_vllm(name: str, results: Mapping[str, Any], expected: list[list[int]]) -> Observed:
+    """What an old vLLM did, among vllm_old_runner's results; ``expected``: the newest's texts."""
+    result = results[name]
+    if "error" in result:
+        return failed(result["error"])
+    first = _equal([[text[0]] for text in expected], result["outputs"])
+    drafts = _equal([[text[1]] for text in expected], [[token] for token in result["drafts"]])
+    told = f"{first:.0%} of first tokens as they should be, {drafts:.0%} of drafts"
+    told += f", {len(result['unloaded'])} parameters of the head not loaded"
+    return Observed(None, first >= EQUAL, drafts > 0.5, told)
+
+
+def seen_in_transformers(name: str, results: Mapping[str, Any]) -> Observed:
+    """What Transformers did, among transformers_batch_loader's results."""
+    result = results[name]
+    if "error" in result:
+        return failed(result["error"])
+    missing = [key for key in result["missing"] if not key.startswith("model.visual.")]
+    if missing:
+        return Observed(None, False, None, f"{len(missing)} missing keys, first {missing[0]}")
+    if result["logits"] is None:
+        return Observed(None, False, None, "loads; its forward pass fails")
+    apart = _distance(result["logits"], results[reference(name)]["logits"])
+    return Observed(None, apart < ALIKE, None, f"logits {apart:.2f} off")
+
+
+def run_vllm(corpus: Corpus, python: Path, prompts: list[list[int]], folder: Path) -> Any:
+    """vllm_batch_runner's results for NAMES, and for WITHOUT_MTP under 'NAME:0'."""
+    jobs = {name: _job(corpus, name, prompts, 1) for name in NAMES}
+    jobs |= {f"{name}:0": _job(corpus, name, prompts, 0) for name in WITHOUT_MTP}
+    return _run(python, "vllm_batch_runner.py", jobs, folder)
+
+
+def run_old_vllm(corpus: Corpus, python: Path, prompts: list[list[int]], folder: Path) -> Any:
+    """vllm_old_runner's results for OLD."""
+    jobs = {name: _job(corpus, name, prompts, 1) for name in OLD}
+    for job in jobs.values():
+        job["mamba_ssm_cache_dtype"] = "float32"
+    return _run(python, "vllm_old_runner.py", jobs, folder)
+
+
+def run_transformers(
+    corpus: Corpus, python: Path, names: Iterable[str], ids: list[list[int]], folder: Path
+) -> Any:
+    """transformers_batch_loader's results for these checkpoints."""
+    checkpoints = {name: str(folder_of(corpus, name)) for name in names}
+    return _run(
+        python, "transformers_batch_loader.py", {"ids": ids, "checkpoints": checkpoints}, folder
+    )
+
+
+def folder_of(corpus: Corpus, name: str) -> Path:
+    """A checkpoint's folder, sound or broken."""
+    return corpus.good(name) if name in GOOD else corpus.broken(name)
+
+
+def is_gptq(name: str) -> bool:
+    """Whether a checkpoint is loaded by optimum, in an environment of its own."""
+    return "gptq" in name
+
+
+def _job(corpus: Corpus, name: str, prompts: list[list[int]], mtp: int) -> dict[str, Any]:
+    return {
+        "model": str(folder_of(corpus, name)),
+        "prompts_token_ids": prompts,
+        "max_tokens": 32,
+        "mtp": mtp,
+        "max_model_len": 256,
+        "ignore_eos": True,
+    }
+
+
+def _run(python: Path, program: str, jobs: object, folder: Path) -> Any:
+    jobs_file, results_file = folder / "jobs.json", folder / "results.json"
+    jobs_file.write_text(json.dumps(jobs))
+    command = [str(python), str(PROGRAMS / program), str(jobs_file), str(results_file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(results_file.read_text())
+
+
+def _equal(some: list[list[int]], others: list[list[int]]) -> float:
+    pairs = list(zip(some, others, strict=True))
+    return sum(one == other for one, other in pairs) / len(pairs)
+
+
+def _distance(some: list[list[float]], others: list[list[float]]) -> float:
+    squares = [
+        (one - other) ** 2
+        for row, its in zip(some, others, strict=True)
+        for one, other in zip(row, its, strict=True)
+    ]
+    mean = sum(squares) / len(squares)
+    return math.inf if math.isnan(mean) else math.sqrt(mean)
