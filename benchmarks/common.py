@@ -18,20 +18,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nybble.data.rows import build_rows
 from nybble.data.stdlib import documents
 from nybble.demo import HELDOUT
-from nybble.engine.load import load_model
-from nybble.eval.kld import KldResult, measure_kld
+from nybble.engine.stream import Arithmetic
+from nybble.eval.compare import compare
+from nybble.eval.statistics import KldStatistics
+from nybble.eval.statistics import statistics as kld_statistics
 from nybble.recipe.schema import Calibration
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "benchmarks"
 
 
-Klds = Mapping[str, list[KldResult]]
+Klds = Mapping[str, list[KldStatistics]]
 """By tool, in the order of its runs."""
 
 
@@ -112,19 +115,18 @@ def refuse_other_rows(runs: Iterable[Run]) -> None:
 
 def measure(base: Path, runs: Iterable[Run]) -> Klds:
     """KL divergence of every result."""
-    model = load_model(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     windows = build_rows(Calibration(**HELDOUT.model_dump()), tokenizer).token_ids
-    klds: dict[str, list[KldResult]] = {}
+    klds: dict[str, list[KldStatistics]] = {}
     for run in runs:
-        kld = measure_kld(model, load_model(Path(run.out)), windows)
-        klds.setdefault(run.tool, []).append(kld)
+        scores = compare(base, Path(run.out), windows, Arithmetic(torch.device("cpu")))
+        klds.setdefault(run.tool, []).append(kld_statistics(scores))
     return klds
 
 
 def mean_kld(klds: Klds, tool: str) -> float:
     """Mean over a tool's results."""
-    return statistics.mean(kld.mean for kld in klds[tool])
+    return statistics.mean(kld.kld.mean for kld in klds[tool])
 
 
 def setting(threads: int) -> str:
@@ -145,8 +147,8 @@ def table(runs: list[Run], klds: Klds) -> list[str]:
     ]
     for tool, results in klds.items():
         mine = [run for run in runs if run.tool == tool]
-        error = statistics.mean(kld.standard_error for kld in results)
-        top1 = statistics.mean(kld.top1_agreement for kld in results)
+        error = statistics.mean(kld.kld.standard_error for kld in results)
+        top1 = statistics.mean(kld.same_top.mean for kld in results)
         lines.append(
             f"| {tool} | {mean_kld(klds, tool):.5f} +- {error:.5f} | {top1:.2%} | "
             f"{statistics.median(r.wall_seconds for r in mine):.1f} | "

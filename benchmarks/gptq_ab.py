@@ -119,7 +119,7 @@ def one_round(base: Path, work: Path, settings: Settings) -> list[Run]:
 def kld_ratios(klds: Klds, one: str, other: str) -> str:
     """KL divergences of one tool over another's, repeat by repeat."""
     pairs = zip(klds[one], klds[other], strict=True)
-    each = ", ".join(f"{a.mean / b.mean:.2f}" for a, b in pairs)
+    each = ", ".join(f"{a.kld.mean / b.kld.mean:.2f}" for a, b in pairs)
     return f"{one} / {other} = {mean_kld(klds, one) / mean_kld(klds, other):.2f} ({each})"
 
 

@@ -48,7 +48,7 @@ def made(base: Path, scratch: Path, name: str, overrides: list[str]) -> LoadedMo
 def draft_divergence(model: LoadedModel, kept: LoadedModel, rows: torch.Tensor) -> float:
     """Mean KL of the kept head's drafts to this head's, on the same trunk and text."""
     hidden = model.hidden(rows)
-    logits = (one.logits(one.drafted(hidden, rows)) for one in (kept, model))
+    logits = (one.logits(one.drafts(hidden, rows)[0]) for one in (kept, model))
     return float(kl_divergence(*logits).mean())
 
 
@@ -75,9 +75,10 @@ def main() -> None:
                 heads[named] = (model, draft_divergence(model, kept, rows))
         for name, (model, divergence) in heads.items():
             found = measure_acceptance(model, rows[:, :PROMPT_TOKENS], NEW_TOKENS)
-            error = math.sqrt(found.rate * (1 - found.rate) / found.drafts)
+            rate = found.rates[0]
+            error = math.sqrt(rate * (1 - rate) / found.steps)
             shown = "" if divergence is None else f"{divergence:.5f}"
-            lines.append(f"| {name} | {found.rate:.1%} +- {error:.1%} | {found.drafts} | {shown} |")
+            lines.append(f"| {name} | {rate:.1%} +- {error:.1%} | {found.steps} | {shown} |")
             print(lines[-1], flush=True)
     (OUT / "mtp_bits.md").write_text(PAGE.format(prompts=args.prompts, lines="\n".join(lines)))
 

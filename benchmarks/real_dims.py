@@ -136,7 +136,7 @@ def check_weights(base: Path, out: Path) -> float:
     a packing error.
     """
     from nybble.checkpoint.reader import CheckpointReader
-    from nybble.engine.load import dense_weight
+    from nybble.engine.weights import dense_weight
     from nybble.quant.grid import IntGrid
 
     name = "model.layers.0.linear_attn.out_proj.weight"

@@ -18,8 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nybble.data.rows import build_rows
 from nybble.engine.generate import generate_greedy
 from nybble.engine.load import LoadedModel, load_model
+from nybble.engine.stream import Arithmetic
 from nybble.eval.acceptance import AcceptanceResult, measure_acceptance
-from nybble.eval.kld import KldResult, measure_kld
+from nybble.eval.compare import compare
+from nybble.eval.statistics import KldStatistics, statistics
 from nybble.pipeline.events import OnEvent
 from nybble.pipeline.manifest import peak_rss_bytes
 from nybble.pipeline.quantize import quantize
@@ -43,7 +45,7 @@ class DemoResult:
     peak_rss_bytes: int
     base_bytes: int
     result_bytes: int
-    kld: KldResult
+    kld: KldStatistics
     base_acceptance: AcceptanceResult
     result_acceptance: AcceptanceResult
     samples: tuple[tuple[str, str], ...]
@@ -65,9 +67,10 @@ def run_demo(out: Path, on_event: OnEvent) -> DemoResult:
         seconds = time.monotonic() - began
         peak = peak_rss_bytes()
         tokenizer = AutoTokenizer.from_pretrained(base_folder, local_files_only=True)
+        windows = build_rows(HELDOUT, tokenizer).token_ids
+        kld = statistics(compare(base_folder, out, windows, Arithmetic(torch.device("cpu"))))
         base, result = load_model(base_folder), load_model(out)
         base_bytes = _weight_bytes(base_folder)
-    windows = build_rows(HELDOUT, tokenizer).token_ids
     prompts = windows[:, :PROMPT_TOKENS]
     return DemoResult(
         out=out,
@@ -76,7 +79,7 @@ def run_demo(out: Path, on_event: OnEvent) -> DemoResult:
         peak_rss_bytes=peak,
         base_bytes=base_bytes,
         result_bytes=_weight_bytes(out),
-        kld=measure_kld(base, result, windows),
+        kld=kld,
         base_acceptance=measure_acceptance(base, prompts, NEW_TOKENS),
         result_acceptance=measure_acceptance(result, prompts, NEW_TOKENS),
         samples=tuple(sample(result, tokenizer, row) for row in prompts[:NUM_SAMPLES]),

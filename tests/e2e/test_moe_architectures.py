@@ -136,10 +136,10 @@ def test_drafts_do_not_depend_on_how_the_experts_are_stored(tmp_path: Path, moe:
     apart = load_model(write_moe(tmp_path / "apart", Moe(moe.name, mtp="one by one")))
     stacked = load_model(write_moe(tmp_path / "stacked", Moe(moe.name, mtp="stacks")))
     hidden = apart.hidden(ids())
-    drafted = apart.drafted(hidden, ids())
+    drafted = apart.drafts(hidden, ids())[0]
     assert drafted.shape == (2, 69, HIDDEN)
-    assert torch.equal(drafted, stacked.drafted(hidden, ids()))
-    assert measure_acceptance(apart, ids()[:, :8], 24).drafts > 0
+    assert torch.equal(drafted, stacked.drafts(hidden, ids())[0])
+    assert measure_acceptance(apart, ids()[:, :8], 24).steps > 0
 
 
 # --- rounded to nearest ---------------------------------------------------------------------------

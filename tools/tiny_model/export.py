@@ -18,8 +18,10 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 
 from nybble.data.rows import build_rows
 from nybble.engine.load import LoadedModel, load_model
+from nybble.engine.stream import Arithmetic
 from nybble.eval.acceptance import measure_acceptance
-from nybble.eval.kld import measure_kld
+from nybble.eval.compare import compare
+from nybble.eval.statistics import statistics
 from nybble.recipe.schema import Calibration
 
 from .config import VISION, tiny_config
@@ -106,6 +108,7 @@ def _write_readme(
     model: LoadedModel = load_model(out)
     rows = build_rows(HELDOUT, tokenizer).token_ids
     accepted = measure_acceptance(model, rows[:, :64], num_new=64)
+    scores = compare(out, out, rows, Arithmetic(torch.device("cpu")))
     lines = (build / "loss.csv").read_text().splitlines()
     steps = int(lines[-1].split(",")[0]) + 1
     text = README.format(
@@ -118,10 +121,10 @@ def _write_readme(
         seqlen=HELDOUT.seqlen,
         prompts=len(rows),
         new=64,
-        perplexity=measure_kld(model, model, rows).base_perplexity,
-        acceptance=accepted.rate,
-        accepted=accepted.accepted,
-        drafts=accepted.drafts,
+        perplexity=statistics(scores).base_perplexity,
+        acceptance=accepted.rates[0],
+        accepted=accepted.accepted[0],
+        drafts=accepted.steps,
     )
     (out / "README.md").write_text(text)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
 
 from nybble.arch.groups import ATTENTION_GROUPS, MLP_GROUPS
 from nybble.arch.spec import Config, MtpSpec
@@ -62,12 +62,14 @@ class MtpHead(nn.Module):
         next_embeds: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Shapes: hidden, next_embeds and the result [rows, tokens, hidden_size]."""
         x = self.layers[0](
             self.fuse(hidden, next_embeds),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
+            past_key_values=cache,
         )
         output = self.norm(x)
         assert isinstance(output, torch.Tensor)

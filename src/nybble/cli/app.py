@@ -72,6 +72,182 @@ def inspect(
 
 
 @app.command()
+def check(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder, hub repository or web address.", metavar="CKPT")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The BF16 checkpoint it was made from, to compare with.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="vllm, transformers, sglang, or all.")] = "all",
+    engine_version: Annotated[
+        str | None, typer.Option(help="A release of that engine, like 0.32.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Devices that share each module.")] = 1,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read scales, zero points and kept tensors.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the report to this file.")
+    ] = None,
+) -> None:
+    """Predict from headers alone whether engines load a checkpoint, its MTP head included."""
+    from nybble.cli import check as command
+    from nybble.doctor.engines import chosen_engines
+
+    engines = chosen_engines(engine, engine_version)
+    raise typer.Exit(command.run(checkpoint, base, engines, tp, deep, json_file))
+
+
+@app.command()
+def repair(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a quantized checkpoint.", metavar="CKPT")
+    ],
+    base: Annotated[str | None, typer.Option(help="The BF16 checkpoint it was made from.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the result; else CKPT-repaired.")
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Change the checkpoint itself instead.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write what was changed to this file.")
+    ] = None,
+) -> None:
+    """Mend what check finds: the MTP head, exclusion rules, index, side files, zero points."""
+    from nybble.cli import repair as command
+
+    folder = local_folder(checkpoint)
+    with _interruptible():
+        raise typer.Exit(command.run(folder, base, out, in_place, json_file))
+
+
+@app.command()
+def kld(
+    base: Annotated[
+        Path, typer.Argument(help="Folder of the BF16 base, or a reference file.", metavar="BASE")
+    ],
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of checkpoints, in any format.", metavar="CKPT..."),
+    ] = None,
+    text: Annotated[
+        str, typer.Option(help="A data set's name, hf:OWNER/NAME@COMMIT:SPLIT, or a text file.")
+    ] = "wikitext-2-raw-test",
+    windows: Annotated[int, typer.Option(min=1, help="How many windows of the text.")] = 64,
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 2048,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the arithmetic: float32 or bfloat16.")] = "float32",
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Also the truncated form, of so many tokens.")
+    ] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise/--no-noise", help="Also measure the base against itself.")
+    ] = True,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Even on windows used in calibration.")
+    ] = False,
+    head: Annotated[
+        Path | None, typer.Option(help="With a reference file: the base, for its output head.")
+    ] = None,
+    save_reference: Annotated[
+        Path | None,
+        typer.Option(help="Write the base's predictions: truncated with --top-k, else exact."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write all figures to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw a figure: FILE.png or FILE.svg.")
+    ] = None,
+) -> None:
+    """Measure exact KL divergence from the base, and perplexity, block by block."""
+    from nybble.cli import kld as command
+    from nybble.eval.texts import Text
+
+    request = command.Request(
+        base=local_folder(base),
+        candidates=tuple(local_folder(path) for path in checkpoints or []),
+        text=Text(text, windows, seqlen),
+        device=device,
+        dtype=dtype,
+        top_k=top_k,
+        noise=noise,
+        allow_overlap=allow_overlap,
+        head=local_folder(head) if head else None,
+        save_reference=save_reference,
+        json_file=json_file,
+        plot=plot,
+    )
+    with _interruptible():
+        command.run(request)
+
+
+@app.command()
+def accept(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of checkpoints, in any format.", metavar="CKPT..."),
+    ],
+    num_drafts: Annotated[
+        int, typer.Option("--n", min=1, max=16, help="Tokens to draft in a step.")
+    ] = 4,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="CLASS=SOURCE",
+            help="A text class of your own instead of the bundled ones. Repeatable.",
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="How many windows of each class.")] = 8,
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 512,
+    on_policy: Annotated[
+        bool,
+        typer.Option("--on-policy", help="Also on its own text, with the whole model in memory."),
+    ] = False,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="With --on-policy: tokens to write for each window.")
+    ] = 128,
+    minimum: Annotated[
+        float | None,
+        typer.Option("--min", min=0, max=1, help="Exit with 1 if fewer first drafts are right."),
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Even on windows used in calibration.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the arithmetic: float32 or bfloat16.")] = "float32",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write all figures to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw a figure: FILE.png or FILE.svg.")
+    ] = None,
+) -> None:
+    """Measure how many drafts of the MTP head are accepted, and the speed-up to expect."""
+    from nybble.cli import accept as command
+
+    request = command.Request(
+        checkpoints=tuple(local_folder(path) for path in checkpoints),
+        num_drafts=num_drafts,
+        texts=tuple(texts or []),
+        windows=windows,
+        seqlen=seqlen,
+        new_tokens=new_tokens if on_policy else None,
+        allow_overlap=allow_overlap,
+        minimum=minimum,
+        device=device,
+        dtype=dtype,
+        json_file=json_file,
+        plot=plot,
+    )
+    with _interruptible():
+        raise typer.Exit(command.run(request))
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[
         Path, typer.Argument(help="Folder of a quantized checkpoint.", metavar="CKPT")

@@ -40,14 +40,15 @@ def _print_measures(result: DemoResult) -> None:
     figures = table(["measured on held-out text"], ["BF16", "INT4"])
     figures.add_row("weights", human_bytes(result.base_bytes), human_bytes(result.result_bytes))
     figures.add_row("perplexity", f"{kld.base_perplexity:.3f}", f"{kld.candidate_perplexity:.3f}")
-    figures.add_row("MTP drafts accepted", f"{base.rate:.1%}", f"{int4.rate:.1%}")
+    figures.add_row("MTP drafts accepted", f"{base.rates[0]:.1%}", f"{int4.rates[0]:.1%}")
     console.print(figures)
     console.print(
-        f"\nKL(BF16 || INT4): mean {kld.mean:.5f} +- {kld.standard_error:.5f} nats, median "
-        f"{kld.median:.5f}, P99 {kld.p99:.4f}; same top token at {kld.top1_agreement:.1%}"
+        f"\nKL(BF16 || INT4): mean {kld.kld.mean:.5f} +- {kld.kld.standard_error:.5f} nats, median "
+        f"{kld.quantiles['median']:.5f}, P99 {kld.quantiles['p99']:.4f}; same top token at "
+        f"{kld.same_top.mean:.1%}"
     )
     console.print(
         f"({kld.positions:,} positions in {HELDOUT.rows} windows of {HELDOUT.seqlen} tokens; "
         f"acceptance: {HELDOUT.rows} greedy continuations of {NEW_TOKENS} tokens, "
-        f"{int4.drafts:,} drafts)"
+        f"{int4.steps:,} drafts)"
     )

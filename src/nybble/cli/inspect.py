@@ -6,7 +6,8 @@ from pathlib import Path
 
 from nybble.arch.plan import TensorPlan
 from nybble.arch.spec import Architecture
-from nybble.cli.tables import console, human_bytes, plan_table
+from nybble.cli.plan_table import plan_table
+from nybble.cli.tables import console, human_bytes
 from nybble.packing.formats import FORMATS
 from nybble.pipeline.estimate import inspect_checkpoint, output_bytes
 from nybble.recipe.load import load_recipe

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from nybble.cli.inspect import print_architecture, print_sizes
-from nybble.cli.tables import console, human_bytes, human_seconds, plan_table
+from nybble.cli.plan_table import plan_table
+from nybble.cli.progress import progress_bar
+from nybble.cli.tables import console, human_bytes, human_seconds
 from nybble.packing.formats import FORMATS
 from nybble.pipeline.algorithms import MIN_TOKENS
 from nybble.pipeline.estimate import estimate
@@ -67,25 +66,17 @@ def print_estimate(model: Path, recipe: Recipe, device: str) -> None:
 @contextmanager
 def progress_display() -> Iterator[OnEvent]:
     """A live bar on a terminal, else one plain line per block."""
-    if not sys.stderr.isatty():
-        yield _plain_line
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("starting", total=1.0)
+    with progress_bar() as bar:
 
         def show(event: Step) -> None:
+            if bar is None:
+                _plain_line(event)
+                return
             loss = "" if event.loss is None else f"  loss {event.loss:.3g}"
             memory = human_bytes(peak_rss_bytes())
-            text = f"block {event.block + 1}/{event.num_blocks}{loss}  peak {memory}"
-            progress.update(task, completed=event.share_done, description=text)
+            bar(
+                event.share_done, f"block {event.block + 1}/{event.num_blocks}{loss}  peak {memory}"
+            )
 
         yield show
 

@@ -13,15 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble.arch.blocks import expected_shapes
-from nybble.arch.registry import architecture_in
 from nybble.arch.spec import Architecture
-from nybble.checkpoint.reader import CheckpointReader
-from nybble.core.cpu import flush_denormals
-from nybble.engine.stored import stored_grids, stored_parts
-from nybble.packing.format import Format
-from nybble.packing.formats import format_of
-from nybble.quant.grid import IntGrid, QuantizedWeight
+from nybble.engine.draft import draft_states
+from nybble.engine.weights import ModelWeights
 
 
 @dataclass(frozen=True)
@@ -47,20 +41,16 @@ class LoadedModel:
         """float32 [..., V] of hidden states [..., D] (of the trunk or of the MTP head)."""
         return (hidden @ self.lm_head.T).float()
 
-    @torch.no_grad()
-    def drafted(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """MTP output for each position but the last, [B, T-1, D], teacher-forced.
+    def drafts(
+        self, hidden: torch.Tensor, token_ids: torch.Tensor, steps: int = 1
+    ) -> list[torch.Tensor]:
+        """What the MTP head makes of hidden [B, T, D] and token_ids, int64 [B, T], teacher-forced.
 
-        Position t combines ``hidden[:, t]`` with token t+1; its logits predict token t+2.
+        Entry j - 1, [B, T - j, D], turns into logits of token t + 1 + j (see ``draft_states``).
         """
         assert self.mtp is not None
-        length = token_ids.shape[1] - 1
-        positions = torch.arange(length, device=token_ids.device)[None]
-        rotary = self.trunk.rotary_emb(hidden, positions)
-        next_embeds = self.trunk.embed_tokens(token_ids[:, 1:])
-        output = self.mtp(hidden[:, :-1], next_embeds, rotary, None)
-        assert isinstance(output, torch.Tensor)
-        return output
+        embeds = self.trunk.embed_tokens(token_ids)
+        return draft_states(self.mtp, self.trunk.rotary_emb, hidden, embeds, steps)
 
 
 def load_model(
@@ -70,59 +60,19 @@ def load_model(
 
     Raises CheckpointError if it is incomplete, or stored otherwise than it declares.
     """
-    flush_denormals()
-    with CheckpointReader(folder) as reader:
-        arch = architecture_in(reader.config, reader.index)
-        grids = stored_grids(arch, reader.index, reader.config)
-        weights = {
-            name: _parameter(reader, arch, name, shape, grids[name]).to(device, dtype)
-            for name, shape in expected_shapes(arch).items()
-        }
+    with ModelWeights(folder) as weights:
+        arch, chosen = weights.arch, torch.device(device)
+        text = weights.under(arch.text_prefix, chosen, dtype)
+        lm_head = text.get(arch.lm_head.removeprefix(arch.text_prefix))  # a tied one is there
+        if lm_head is None:
+            lm_head = weights.parameter(arch.lm_head).to(chosen, dtype)
+        head = weights.under(arch.mtp.prefix, chosen, dtype) if arch.mtp else {}
     with torch.device("meta"):
         trunk = arch.build_text_model().eval()
         mtp = arch.mtp.build().eval() if arch.mtp else None
     # Buffers (inverse frequencies) are computed, not stored.
     trunk.rotary_emb = type(trunk.rotary_emb)(config=arch.text_config).to(device)
-    trunk.load_state_dict(_under(weights, arch.text_prefix), assign=True)
-    if mtp is not None and arch.mtp is not None:
-        mtp.load_state_dict(_under(weights, arch.mtp.prefix), assign=True)
-    return LoadedModel(arch, trunk.requires_grad_(False), weights[arch.lm_head], mtp)
-
-
-def dense_weight(reader: CheckpointReader, name: str, grid: IntGrid | None) -> torch.Tensor:
-    """One tensor as engines see it: as stored, or de-quantized from its packed form (float32)."""
-    if grid is None:
-        return reader.read(name)
-    stored_as = format_of(reader.config)
-    assert stored_as is not None
-    return quantized_weight(reader, name.removesuffix(".weight"), grid, stored_as).dequantize()
-
-
-def quantized_weight(
-    reader: CheckpointReader, module: str, grid: IntGrid, stored_as: Format
-) -> QuantizedWeight:
-    """Codes and scales of one Linear; raises CheckpointError if its tensors do not mean any."""
-    idle = [suffix for suffix in stored_as.idle_suffixes if f"{module}.{suffix}" in reader.index]
-    names = [f"{module}.{suffix}" for suffix in (*stored_as.suffixes, *idle)]
-    return stored_as.unpack(module, {name: reader.read(name) for name in names}, grid)
-
-
-def _parameter(
-    reader: CheckpointReader,
-    arch: Architecture,
-    name: str,
-    shape: tuple[int, ...],
-    grid: IntGrid | None,
-) -> torch.Tensor:
-    parts = [part for part, _ in stored_parts(arch, reader.index, name, shape)]
-    if parts == [name]:
-        return dense_weight(reader, name, grid)
-    return torch.cat([dense_weight(reader, part, grid) for part in parts]).view(shape)
-
-
-def _under(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in weights.items()
-        if name.startswith(prefix)
-    }
+    trunk.load_state_dict(text, assign=True)
+    if mtp is not None:
+        mtp.load_state_dict(head, assign=True)
+    return LoadedModel(arch, trunk.requires_grad_(False), lm_head, mtp)

@@ -1,68 +1,66 @@
-"""Exact KL divergence and perplexity of a checkpoint against its base, both in memory.
+"""Exact KL divergence of a model from its base, per position, over the full vocabulary.
 
-KL(base || candidate) in nats per position, over the full vocabulary, teacher-forced; log-softmax
-in float64. The windows are those of the caller; each of n tokens scores n - 1 positions.
+KL(base || candidate) = sum_v p_v (log p_v - log q_v), in nats, teacher-forced: position t is
+scored on the distribution of token t+1 given the window's true tokens up to t. With logits b, c
+and log-normalisers B, C it is  sum_v p_v (b_v - c_v) - B + C, which needs one pass over the
+vocabulary and no normalised probability.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from nybble.engine.load import LoadedModel
+from nybble.eval.head_pass import Output, RunningSoftmax, pieces
 
 
 @dataclass(frozen=True)
-class KldResult:
-    """Statistics over positions; ``standard_error`` is that of the mean, from window means."""
+class Scores:
+    """What was found at each scored position, [P] each; windows follow one another."""
 
-    positions: int
-    mean: float
-    standard_error: float
-    median: float
-    p99: float
-    top1_agreement: float
-    """Share of positions where both models' most likely token is the same."""
-    base_perplexity: float
-    candidate_perplexity: float
+    kld: torch.Tensor
+    """float64, nats."""
+    tokens: torch.Tensor
+    """int64: the text's own next token."""
+    base_log_probs: torch.Tensor
+    """float64: of that token under the base."""
+    candidate_log_probs: torch.Tensor
+    base_top: torch.Tensor
+    """int64: the base's most likely token."""
+    candidate_top: torch.Tensor
+    base_confidence: torch.Tensor
+    """float64: the probability of the base's most likely token."""
+    num_windows: int
 
 
 def kl_divergence(base_logits: torch.Tensor, candidate_logits: torch.Tensor) -> torch.Tensor:
-    """KL(base || candidate) in nats, [...] float64, of logits [..., V]."""
+    """KL(base || candidate) in nats, [...] float64, of logits [..., V] held as a whole."""
     base = base_logits.double().log_softmax(dim=-1)
     candidate = candidate_logits.double().log_softmax(dim=-1)
     return (base.exp() * (base - candidate)).sum(dim=-1)
 
 
-@torch.no_grad()
-def measure_kld(base: LoadedModel, candidate: LoadedModel, windows: torch.Tensor) -> KldResult:
-    """Scores windows, int64 [R, T], one at a time."""
-    divergences, agreements, base_nll, candidate_nll = [], [], [], []
-    for window in windows:
-        base_logits = base.logits(base.hidden(window[None]))[0, :-1]
-        candidate_logits = candidate.logits(candidate.hidden(window[None]))[0, :-1]
-        divergences.append(kl_divergence(base_logits, candidate_logits))
-        agreements.append(base_logits.argmax(dim=-1) == candidate_logits.argmax(dim=-1))
-        base_nll.append(_nll(base_logits, window[1:]))
-        candidate_nll.append(_nll(candidate_logits, window[1:]))
-    per_window = torch.stack(divergences)
-    every = per_window.flatten()
-    num_windows = len(per_window)
-    spread = float(per_window.mean(dim=1).std()) if num_windows > 1 else math.nan
-    return KldResult(
-        positions=every.numel(),
-        mean=float(every.mean()),
-        standard_error=spread / math.sqrt(num_windows),
-        median=float(every.median()),
-        p99=float(every.quantile(0.99)),
-        top1_agreement=float(torch.cat(agreements).double().mean()),
-        base_perplexity=math.exp(float(torch.cat(base_nll).mean())),
-        candidate_perplexity=math.exp(float(torch.cat(candidate_nll).mean())),
+def score(
+    base: Output, candidate: Output, tokens: torch.Tensor, num_windows: int, device: torch.device
+) -> Scores:
+    """Scores all positions; ``tokens``, int64 [P], are the next token of each."""
+    of_base, of_candidate = RunningSoftmax(tokens, device), RunningSoftmax(tokens, device)
+    cross = torch.zeros(len(tokens), dtype=torch.float64, device=device)
+    for piece in pieces((base, candidate), device):
+        at, (base_logits, candidate_logits) = piece.positions, piece.logits
+        weights, shrink = of_base.add(at, piece.start, base_logits)
+        of_candidate.add(at, piece.start, candidate_logits)
+        gaps = weights.mul_(base_logits.sub_(candidate_logits))
+        cross[at] = cross[at] * shrink + gaps.sum(dim=-1, dtype=torch.float64)
+    log_ratio = of_candidate.log_normalizer - of_base.log_normalizer
+    return Scores(
+        kld=of_base.weighted_mean(cross) + log_ratio,
+        tokens=tokens,
+        base_log_probs=of_base.token_log_probs,
+        candidate_log_probs=of_candidate.token_log_probs,
+        base_top=of_base.top,
+        candidate_top=of_candidate.top,
+        base_confidence=of_base.confidence,
+        num_windows=num_windows,
     )
-
-
-def _nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    log_probs = logits.double().log_softmax(dim=-1)
-    return -log_probs.gather(-1, tokens[:, None]).squeeze(-1)

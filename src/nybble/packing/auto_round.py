@@ -109,6 +109,7 @@ FORMAT = Format(
     packed_specs=gptq_tensors.packed_specs,
     pack=gptq_tensors.pack,
     unpack=gptq_tensors.unpack,
+    some_outputs=gptq_tensors.some_outputs,
     quantization_config=quantization_config,
     refusals=refusals,
     declared_grid=declared_grid,

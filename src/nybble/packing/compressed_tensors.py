@@ -69,6 +69,19 @@ def unpack(module: str, tensors: Mapping[str, torch.Tensor], grid: IntGrid) -> Q
     return QuantizedWeight(codes, tensors[f"{module}.weight_scale"].float(), grid)
 
 
+def some_outputs(
+    module: str, tensors: Mapping[str, torch.Tensor], outputs: slice
+) -> dict[str, torch.Tensor]:
+    """The tensors of a module with some of its outputs alone."""
+    packed, scale, shape = (f"{module}.{suffix}" for suffix in SUFFIXES)
+    ins = tensors[shape][1:]
+    return {
+        packed: tensors[packed][outputs],
+        scale: tensors[scale][outputs],
+        shape: torch.cat([torch.tensor([outputs.stop - outputs.start]), ins]),
+    }
+
+
 def quantization_config(declaration: Declaration) -> dict[str, Any]:
     """The block for config.json; raises CheckpointError for what ``refusals`` lists."""
     refuse(refusals(declaration))
@@ -186,6 +199,7 @@ FORMAT = Format(
     packed_specs=packed_specs,
     pack=pack,
     unpack=unpack,
+    some_outputs=some_outputs,
     quantization_config=quantization_config,
     refusals=refusals,
     declared_grid=declared_grid,

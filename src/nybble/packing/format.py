@@ -60,6 +60,9 @@ class Format:
     """(module, weight) -> its tensors; raises CheckpointError for scales they cannot hold."""
     unpack: Callable[[str, Mapping[str, torch.Tensor], IntGrid], QuantizedWeight]
     """The inverse; raises CheckpointError for tensors that do not mean a symmetric weight."""
+    some_outputs: Callable[[str, Mapping[str, torch.Tensor], slice], dict[str, torch.Tensor]]
+    """(module, its tensors, outputs) -> tensors of these outputs alone; both ends of the slice are
+    multiples of 32, or N."""
     quantization_config: Callable[[Declaration], dict[str, Any]]
     """The block for config.json; raises CheckpointError for what ``refusals`` lists."""
     refusals: Callable[[Declaration], list[str]]

@@ -183,6 +183,7 @@ FORMAT = Format(
     packed_specs=packed_specs,
     pack=pack,
     unpack=gptq_tensors.unpack,
+    some_outputs=gptq_tensors.some_outputs,
     quantization_config=quantization_config,
     refusals=refusals,
     declared_grid=declared_grid,

@@ -76,6 +76,21 @@ def unpack(module: str, tensors: Mapping[str, torch.Tensor], grid: IntGrid) -> Q
     return QuantizedWeight(codes, scales, grid)
 
 
+def some_outputs(
+    module: str, tensors: Mapping[str, torch.Tensor], outputs: slice
+) -> dict[str, torch.Tensor]:
+    """The tensors of a module with some of its outputs alone."""
+    qweight, qzeros, scales = (f"{module}.{suffix}" for suffix in SUFFIXES)
+    outs, words = tensors[scales].shape[1], tensors[qzeros].shape[1]
+    in_words = slice(outputs.start * words // outs, outputs.stop * words // outs)
+    return {
+        **tensors,  # g_idx is of the inputs
+        qweight: tensors[qweight][:, outputs],
+        qzeros: tensors[qzeros][:, in_words],
+        scales: tensors[scales][:, outputs],
+    }
+
+
 def group_index(ins: int, grid: IntGrid) -> torch.Tensor:
     """int32 [K]: the group of each input, as neighbours stand."""
     group_size = ins if grid.group_size == -1 else grid.group_size

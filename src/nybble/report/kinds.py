@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
-Dashes = tuple[float, tuple[float, ...]]
-"""Offset, then lengths of strokes and gaps in line widths; without any: a solid line."""
+from nybble.report.style import (
+    BLACK,
+    BLUE,
+    DASHED,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    SOLID,
+    Dashes,
+    Style,
+)
 
-SOLID: Dashes = (0, ())
-_EXPERTS: Dashes = (0, (4, 1.5))
 _SHARED_EXPERT: Dashes = (0, (1, 1))
 
-# Okabe and Ito's palette, told apart by the colour-blind; its yellow is too pale for lines.
-_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_PURPLE, _SKY, _BLACK = "#CC79A7", "#56B4E9", "#000000"
 # By a kind's last word. Those that stand in one panel differ in colour and marker.
 _KNOWN: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "in_proj_qkv": (_BLUE, "o"),
-        "in_proj_z": (_SKY, "s"),
-        "out_proj": (_GREEN, "^"),
-        "q_proj": (_ORANGE, "D"),
-        "k_proj": (_RED, "v"),
-        "v_proj": (_PURPLE, "P"),
-        "o_proj": (_BLACK, "X"),
-        "gate_proj": (_BLUE, "o"),
-        "up_proj": (_ORANGE, "s"),
-        "down_proj": (_GREEN, "^"),
-        "lm_head": (_RED, "D"),
+        "in_proj_qkv": (BLUE, "o"),
+        "in_proj_z": (SKY, "s"),
+        "out_proj": (GREEN, "^"),
+        "q_proj": (ORANGE, "D"),
+        "k_proj": (RED, "v"),
+        "v_proj": (PURPLE, "P"),
+        "o_proj": (BLACK, "X"),
+        "gate_proj": (BLUE, "o"),
+        "up_proj": (ORANGE, "s"),
+        "down_proj": (GREEN, "^"),
+        "lm_head": (RED, "D"),
     }
 )
-_OTHERS = tuple(zip((_PURPLE, _SKY, _RED, _BLACK, _GREEN), ("<", ">", "h", "p", "*"), strict=True))
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a kind is drawn."""
-
-    colour: str
-    marker: str
-    dashes: Dashes
+_OTHERS = tuple(zip((PURPLE, SKY, RED, BLACK, GREEN), ("<", ">", "h", "p", "*"), strict=True))
 
 
 def kind_of(module: str) -> str:
@@ -67,5 +63,5 @@ def styles(kinds: Iterable[str]) -> dict[str, Style]:
 
 def _dashes(owner: str) -> Dashes:
     if owner == "experts":
-        return _EXPERTS
+        return DASHED
     return _SHARED_EXPERT if owner.startswith("shared_expert") else SOLID

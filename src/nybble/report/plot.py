@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nybble.core.atomic import write_bytes_atomic
-from nybble.core.errors import CheckpointError, RecipeError
-from nybble.report.kinds import Dashes, Style, kind_of, styles
+from nybble.core.errors import CheckpointError
+from nybble.report.kinds import kind_of, styles
 from nybble.report.quant_log import ModuleLog
+from nybble.report.style import DOTTED, FAINT, INK, log_ticks, shown, write_figure
+from nybble.report.style import check_plot_file as check_plot_file
 from nybble.report.summary import error_measure
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.typing import RcKeyType
 
-_SUFFIXES = (".png", ".svg")
-_PNG_DOTS_PER_INCH = 160
-_INK, _FAINT = "#333333", "#B0B0B0"
-_NEAREST: Dashes = (0, (1, 1.5))
 # Beyond them, axes overflow; sound logs only leave them with an error of 0 or an infinite ratio.
 _LARGEST, _LOUDEST = 1e30, 1e6
 _MIXERS = ("gdn", "attention")
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Measure = str
 """Name of a ModuleLog column that is plotted: output_error, rtn_output_error or sqnr_db."""
@@ -69,18 +61,6 @@ class _Places:
         return max(1.0, 0.08 * self.last)
 
 
-def check_plot_file(path: Path) -> None:
-    """Raises RecipeError if a figure cannot be written by that name, or not at all."""
-    if path.suffix.lower() not in _SUFFIXES:
-        raise RecipeError(f"--plot {path}: give a file that ends in {' or '.join(_SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise RecipeError(
-            f"--plot needs matplotlib: pip install 'nybble[plots]' ({error})"
-        ) from error
-
-
 def write_plot(path: Path, title: str, rows: Sequence[ModuleLog]) -> None:
     """Draws ``rows`` into ``path``; the same rows make the same bytes.
 
@@ -88,26 +68,13 @@ def write_plot(path: Path, title: str, rows: Sequence[ModuleLog]) -> None:
     known) above SQNR; token mixing to the left of everything else. Of experts, the median and the
     range. Values that have no place on an axis (an error of 0, an infinite ratio) are left out.
 
-    Raises CheckpointError if nothing is left to draw, OutputError if the file cannot be written.
+    Raises CheckpointError if nothing is left to draw, RecipeError and OutputError as
+    ``write_figure`` does.
     """
-    check_plot_file(path)
-    import matplotlib
-
     panels = [name for name in ("output_error", "sqnr_db") if any(_drawable(r, name) for r in rows)]
     if not panels:
         raise CheckpointError("nothing to plot: all weights are held exactly")
-    file = io.BytesIO()
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # A folder's name may have letters that the font lacks: it then shows boxes.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        matplotlib.rcdefaults()  # not the user's own matplotlibrc: figures are to be alike
-        matplotlib.rcParams.update(_look())
-        figure = _figure(_shown(title), rows, panels)
-        if path.suffix.lower() == ".svg":
-            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-        else:
-            figure.savefig(file, format="png", dpi=_PNG_DOTS_PER_INCH, metadata={"Software": None})
-    write_bytes_atomic(path, file.getvalue())
+    write_figure(path, lambda: _figure(shown(title), rows, panels))
 
 
 def points(rows: Sequence[ModuleLog], measure: Measure) -> list[Point]:
@@ -128,36 +95,6 @@ def _drawable(row: ModuleLog, measure: Measure) -> bool:
     return value is not None and low <= value <= high
 
 
-def _look() -> dict[RcKeyType, Any]:
-    return {
-        "svg.hashsalt": "nybble",
-        "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": _FAINT,
-        "axes.labelcolor": _INK,
-        "text.color": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.color": "#E6E6E6",
-        "grid.linewidth": 0.6,
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-        "legend.title_fontsize": 9,
-        "legend.borderaxespad": 0.2,
-        "legend.columnspacing": 1.2,
-        "legend.handlelength": 2.2,
-    }
-
-
-def _shown(title: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in title)
-
-
 def _figure(title: str, rows: Sequence[ModuleLog], panels: Sequence[Measure]) -> Figure:
     from matplotlib.figure import Figure
 
@@ -176,7 +113,8 @@ def _figure(title: str, rows: Sequence[ModuleLog], panels: Sequence[Measure]) ->
         _block_axis(grid[-1, column], places)
     for axes, measure in zip(grid[:, 0], panels, strict=True):
         if measure == "output_error":
-            _error_axis(axes)
+            axes.set_yscale("log")
+            log_ticks(axes.yaxis)
             axes.set_ylabel(f"relative output error\n({error_measure(rows)})")
         else:
             axes.set_ylabel("SQNR of the weight (dB)")
@@ -196,17 +134,17 @@ def _draw(axes: Axes, rows: Sequence[ModuleLog], measure: Measure, places: _Plac
     """A line for every kind along the trunk, a lone marker for the same kind elsewhere."""
     size = 4.5 if len(places.trunk) <= 32 else 3.0
     if places.trunk and places.extra:
-        axes.axvline(places.last + places.gap / 2, color=_FAINT, linewidth=0.6, zorder=0)
+        axes.axvline(places.last + places.gap / 2, color=FAINT, linewidth=0.6, zorder=0)
     by_kind = _by_kind(rows)
     for kind, style in styles(by_kind).items():
         if measure == "output_error":
             for stretch in _stretches(points(by_kind[kind], "rtn_output_error"), places):
                 axes.plot(
                     *_line(stretch, places), color=style.colour, alpha=0.45, linewidth=0.9,
-                    linestyle=_NEAREST, marker="_" if len(stretch) == 1 else "", zorder=2,
+                    linestyle=DOTTED, marker="_" if len(stretch) == 1 else "", zorder=2,
                 )  # fmt: skip
         for stretch in _stretches(points(by_kind[kind], measure), places):
-            axes.plot(*_line(stretch, places), **_drawn(style), markersize=size, zorder=3)
+            axes.plot(*_line(stretch, places), **style.line(), markersize=size, zorder=3)
             _draw_range(axes, stretch, places, style.colour)
 
 
@@ -239,16 +177,6 @@ def _by_kind(rows: Sequence[ModuleLog]) -> dict[str, list[ModuleLog]]:
     return found
 
 
-def _drawn(style: Style) -> dict[str, Any]:
-    return {
-        "color": style.colour,
-        "marker": style.marker,
-        "markeredgewidth": 0,
-        "linestyle": style.dashes,
-        "linewidth": 1,
-    }
-
-
 def _legend(axes: Axes, rows: Sequence[ModuleLog]) -> None:
     """Above the panel, headed by the parts it holds."""
     from matplotlib.lines import Line2D
@@ -256,13 +184,13 @@ def _legend(axes: Axes, rows: Sequence[ModuleLog]) -> None:
 
     kinds = styles(_by_kind(rows))
     handles: list[Artist] = [
-        Line2D([], [], label=kind, **_drawn(style)) for kind, style in kinds.items()
+        Line2D([], [], label=kind, **style.line()) for kind, style in kinds.items()
     ]
     if any(_drawable(row, "rtn_output_error") for row in rows):
         label = "rounded to nearest"
-        handles.append(Line2D([], [], color=_INK, alpha=0.6, linestyle=_NEAREST, label=label))
+        handles.append(Line2D([], [], color=INK, alpha=0.6, linestyle=DOTTED, label=label))
     if any(row.is_expert for row in rows):
-        handles.append(Patch(color=_INK, alpha=0.15, linewidth=0, label="range over experts"))
+        handles.append(Patch(color=INK, alpha=0.15, linewidth=0, label="range over experts"))
     axes.legend(
         handles=handles,
         title=", ".join(dict.fromkeys(row.part for row in rows)),
@@ -271,23 +199,6 @@ def _legend(axes: Axes, rows: Sequence[ModuleLog]) -> None:
         bbox_to_anchor=(0, 1.0),
         ncols=4 if max(map(len, kinds)) <= 12 else 3,
     )
-
-
-def _error_axis(axes: Axes) -> None:
-    """Plain numbers at 1, 2 and 5 of each decade; powers of ten where there are many decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    many = math.log10(high / low) > 2.5
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 5)))
-    text = _power_of_ten if many else "{:g}".format
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _power_of_ten(value: float) -> str:
-    return "10" + str(round(math.log10(value))).translate(_SUPERSCRIPTS)
 
 
 def _block_axis(axes: Axes, places: _Places) -> None:
