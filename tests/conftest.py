@@ -22,6 +22,18 @@ from nybble.recipe.schema import Calibration, Recipe, Rtn, SignRound
 ROWS, SEQLEN = 8, 32
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What several processes share out are whole files, for the sake of their fixtures.
+
+    The tests of real engines are one share and come first: they take longest, and each of their
+    processes fills a core.
+    """
+    for item in items:
+        is_of_engines = item.get_closest_marker("engine") is not None
+        item.add_marker(pytest.mark.xdist_group("engines" if is_of_engines else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint in the vision-language form; not to be changed."""

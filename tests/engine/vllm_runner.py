@@ -11,6 +11,7 @@ A job holds
     mtp                 number of tokens the MTP head drafts per step; 0 runs without it
     logprobs            optional: how many prompt logprobs per position, -1 for the whole vocabulary
     dtype               optional, bfloat16 unless given
+    mamba_ssm_cache_dtype   optional; releases before 0.28 need to be told "float32" on the CPU
 A result holds
     outputs             greedy token ids, one list per prompt
     modules             {name: {class, quant_method, kernel}} as vLLM built them; the draft model's
@@ -125,7 +126,7 @@ def run(job: dict) -> dict:
     disable_amx()
     import vllm
 
-    options = {}
+    options = {key: job[key] for key in ["mamba_ssm_cache_dtype"] if key in job}
     if job["mtp"]:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": job["mtp"]}
     logprobs = job.get("logprobs")

@@ -22,7 +22,18 @@ def options_of(command: Any) -> dict[str, list[str]]:
 
 
 def test_the_commands() -> None:
-    assert sorted(commands()) == ["convert", "demo", "inspect", "log", "quantize", "recipes"]
+    assert sorted(commands()) == [
+        "accept",
+        "check",
+        "convert",
+        "demo",
+        "inspect",
+        "kld",
+        "log",
+        "quantize",
+        "recipes",
+        "repair",
+    ]
 
 
 def test_the_options_of_quantize() -> None:
@@ -42,6 +53,47 @@ def test_the_options_of_inspect() -> None:
         "recipe": ["--recipe", "-r"],
         "overrides": ["--set"],
         "every_tensor": ["--tensors"],
+    }
+
+
+def test_the_options_of_check() -> None:
+    assert options_of(commands()["check"]) == {
+        "checkpoint": ["checkpoint"],
+        "base": ["--base"],
+        "engine": ["--engine"],
+        "engine_version": ["--engine-version"],
+        "tp": ["--tp"],
+        "deep": ["--deep"],
+        "json_file": ["--json"],
+    }
+
+
+def test_the_options_of_repair() -> None:
+    assert options_of(commands()["repair"]) == {
+        "checkpoint": ["checkpoint"],
+        "base": ["--base"],
+        "out": ["--out", "-o"],
+        "in_place": ["--in-place"],
+        "json_file": ["--json"],
+    }
+
+
+def test_the_options_of_kld() -> None:
+    assert options_of(commands()["kld"]) == {
+        "base": ["base"],
+        "checkpoints": ["checkpoints"],
+        "text": ["--text"],
+        "windows": ["--windows"],
+        "seqlen": ["--seqlen"],
+        "device": ["--device"],
+        "dtype": ["--dtype"],
+        "top_k": ["--top-k"],
+        "noise": ["--noise"],
+        "allow_overlap": ["--allow-overlap"],
+        "head": ["--head"],
+        "save_reference": ["--save-reference"],
+        "json_file": ["--json"],
+        "plot": ["--plot"],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -245,6 +246,56 @@ def accept(
     )
     with _interruptible():
         raise typer.Exit(command.run(request))
+
+
+@app.command("eval")
+def eval_tasks(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a base or quantized checkpoint.", metavar="CKPT")
+    ],
+    tasks: Annotated[str, typer.Option(help="Tasks and groups of lm-eval: hellaswag,gsm8k.")],
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many documents of each task.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in each request; else as the task says.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Requests at a time: 8, or vLLM's own choice.")
+    ] = None,
+    device: Device = "auto",
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a request and its answer together.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of further tasks; the Python in it is run.")
+    ] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="The python of vLLM's own environment.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write all figures to this file.")
+    ] = None,
+) -> None:
+    """Score a checkpoint on lm-eval's tasks, in Transformers or vLLM."""
+    from nybble.cli import eval_tasks as command
+    from nybble.eval.tasks import Request
+
+    request = Request(
+        checkpoint=local_folder(checkpoint),
+        tasks=tuple(dict.fromkeys(name for part in tasks.split(",") if (name := part.strip()))),
+        engine=engine,
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        device=device,
+        max_length=max_length,
+        python=vllm_python,
+    )
+    with _interruptible():
+        command.run(request, json_file, shlex.join(["nybble", *sys.argv[1:]]))
 
 
 @app.command()

@@ -70,7 +70,7 @@ def run(request: Request) -> None:
             truth = truth_of_file(request.base, head)
         else:
             base = stack.enter_context(ModelWeights(request.base))
-            truth = truth_of_base(base, request.text, settings, on_pass)
+            truth = truth_of_base(base, request.text, settings, on_pass, request.candidates)
             if request.save_reference is not None:
                 save_reference(request.save_reference, reference_of(truth, how))
         measured = [
@@ -102,14 +102,16 @@ def _plot(path: Path, found: KldReport) -> None:
         by_window = one.scores.kld.view(one.scores.num_windows, -1)
         divergences.append(Divergence(name, one.weight_bytes, by_window.numpy(force=True)))
     floors = [Floor(f.how, f.mean, f.median, f.p99) for f in found.noise]
-    is_full = found.candidates[0].full is not None
     heading = Heading(
         title=f"KL divergence from {names_of([found.base])[0]}",
         conditions=f"{found.positions:,} positions: {found.text}; {found.arithmetic}",
-        measure="KL divergence (nats)"
-        if is_full
-        else f"KL divergence (nats), of the top {found.top_k}: a lower bound",
     )
+    if found.candidates[0].full is None:
+        heading = Heading(
+            title=heading.title,
+            conditions=f"{heading.conditions}; a lower bound, of {found.top_k} tokens",
+            measure="truncated KL divergence (nats)",
+        )
     write_kld_plot(path, heading, divergences, floors)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nybble.cli.tables import console, human_seconds, table
-from nybble.report.plot import check_plot_file, write_plot
+from nybble.report.plot import write_plot
 from nybble.report.quant_log import ModuleLog, log_file, read_quant_log
+from nybble.report.style import check_plot_file
 from nybble.report.summary import (
     block_seconds,
     error_measure,

@@ -49,6 +49,7 @@ def final_states(
         block = weights.block(index, how.device, how.dtype)
         for rows in _passes(len(hidden), how):
             hidden[rows] = runner(index, block, hidden[rows].to(how.device)).cpu()
+        del block  # before the next one is read: no two of them are in memory at once
         on_block(index + 1, arch.num_blocks)
     norm = weights.parameter(arch.final_norm).to(how.device, how.dtype)
     for rows in _passes(len(hidden), how):

@@ -92,8 +92,11 @@ class ModelWeights:
         name = self.arch.lm_head
         grid = self._grids[name]
         if grid is None:
-            return self.reader.view(name)[start:stop]
-        return _quantized(self.reader, name, grid, slice(start, stop)).dequantize()
+            rows = self.reader.view(name)[start:stop].clone()
+        else:
+            rows = _quantized(self.reader, name, grid, slice(start, stop)).dequantize()
+        self.reader.release()
+        return rows
 
     def head_sha256(self) -> str | None:
         """Of the output head's bytes; None if it is quantized."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nybble.core.errors import CheckpointError
 from nybble.eval.head_pass import Output, RunningSoftmax, pieces
 
 
@@ -44,7 +45,15 @@ def kl_divergence(base_logits: torch.Tensor, candidate_logits: torch.Tensor) -> 
 def score(
     base: Output, candidate: Output, tokens: torch.Tensor, num_windows: int, device: torch.device
 ) -> Scores:
-    """Scores all positions; ``tokens``, int64 [P], are the next token of each."""
+    """Scores all positions; ``tokens``, int64 [P], are the next token of each.
+
+    Raises CheckpointError for models of different vocabularies.
+    """
+    if candidate.vocab_size != base.vocab_size:
+        raise CheckpointError(
+            f"the checkpoint's output head has {candidate.vocab_size} rows, the base's "
+            f"{base.vocab_size}: their distributions are not over the same tokens"
+        )
     of_base, of_candidate = RunningSoftmax(tokens, device), RunningSoftmax(tokens, device)
     cross = torch.zeros(len(tokens), dtype=torch.float64, device=device)
     for piece in pieces((base, candidate), device):

@@ -60,6 +60,7 @@ class Truth:
     head: ModelWeights | None
     """The base, for its output head; None: not at hand."""
     head_sha256: str | None
+    vocab_size: int
     top_k: TopK | None
     noise: tuple[NoiseFloor, ...]
 
@@ -73,7 +74,8 @@ class Truth:
         assert self.states is not None
         head = self.head
         if head is None:
-            if candidate.head_sha256() != self.head_sha256:
+            # A quantized head has no hash, and is nobody else's.
+            if self.head_sha256 is None or candidate.head_sha256() != self.head_sha256:
                 raise CheckpointError(
                     f"{candidate.reader.index.folder} has another output head than the base that "
                     f"{self.name} was made of: give the base's folder by --head"
@@ -137,10 +139,23 @@ class KldReport:
     schema: str = "nybble.kld/1"
 
 
-def truth_of_base(weights: ModelWeights, text: Text, settings: Settings, on_pass: OnPass) -> Truth:
-    """Runs the base over the text; ``weights`` stay in use. Raises DataError for the text."""
+def truth_of_base(
+    weights: ModelWeights,
+    text: Text,
+    settings: Settings,
+    on_pass: OnPass,
+    candidates: Sequence[Path] = (),
+) -> Truth:
+    """Runs the base over the text; ``weights`` stay in use.
+
+    Raises DataError for the text, and, before that long pass, what ``measure_candidate`` would
+    raise for the candidates.
+    """
     folder = weights.reader.index.folder
     rows = windows_of(text, open_tokenizer(folder))
+    for candidate in candidates:
+        _refuse(candidate, rows, tokenizer_sha256(folder), str(folder), settings)
+        ModelWeights(candidate).reader.close()
     output = output_on(weights, rows.token_ids, settings.how, partial(on_pass, "base"))
     truth = Truth(
         name=str(folder),
@@ -150,6 +165,7 @@ def truth_of_base(weights: ModelWeights, text: Text, settings: Settings, on_pass
         states=output.states,
         head=weights,
         head_sha256=weights.head_sha256(),
+        vocab_size=weights.vocab_size,
         top_k=None,
         noise=(),
     )
@@ -162,9 +178,17 @@ def truth_of_base(weights: ModelWeights, text: Text, settings: Settings, on_pass
 
 
 def truth_of_file(path: Path, head: ModelWeights | None) -> Truth:
-    """What a reference file holds. Raises CheckpointError for a file that is none."""
+    """What a reference file holds.
+
+    Raises CheckpointError for a file that is none, and for a ``head`` that is not of its base.
+    """
     reference = load_reference(path)
     facts, predictions = reference.facts, reference.predictions
+    if head is not None and not _is_base_of(facts, head):
+        raise CheckpointError(
+            f"{head.reader.index.folder} has another output head than the base that {path} was "
+            f"made of, {facts.base}: give that one by --head"
+        )
     return Truth(
         name=str(path),
         text=facts.text,
@@ -173,9 +197,16 @@ def truth_of_file(path: Path, head: ModelWeights | None) -> Truth:
         states=None if isinstance(predictions, TopK) else predictions,
         head=head,
         head_sha256=facts.head_sha256,
+        vocab_size=facts.vocab_size,
         top_k=predictions if isinstance(predictions, TopK) else None,
         noise=facts.noise,
     )
+
+
+def _is_base_of(facts: ReferenceFacts, head: ModelWeights) -> bool:
+    if facts.head_sha256 is None:
+        return head.sha256() == facts.base_sha256
+    return head.head_sha256() == facts.head_sha256
 
 
 def reference_of(truth: Truth, how: Arithmetic) -> Reference:
@@ -187,6 +218,7 @@ def reference_of(truth: Truth, how: Arithmetic) -> Reference:
         base=truth.name,
         base_sha256=truth.head.sha256(),
         head_sha256=truth.head_sha256,
+        vocab_size=truth.vocab_size,
         tokenizer_sha256=truth.tokenizer_sha256,
         text=truth.text,
         windows_sha256=truth.rows.digest,
@@ -205,14 +237,13 @@ def measure_candidate(
     Raises CheckpointError if it cannot be read or has another tokenizer, DataError if it was
     calibrated on the text.
     """
-    if tokenizer_sha256(candidate) != truth.tokenizer_sha256:
-        raise CheckpointError(
-            f"{candidate} has another tokenizer than {truth.name}: their distributions are not "
-            "over the same tokens"
-        )
-    if not settings.allow_overlap:
-        refuse_calibration_text(candidate, truth.rows)
+    _refuse(candidate, truth.rows, truth.tokenizer_sha256, truth.name, settings)
     with ModelWeights(candidate) as weights:
+        if weights.vocab_size != truth.vocab_size:
+            raise CheckpointError(
+                f"{candidate} has an output head of {weights.vocab_size} tokens, {truth.name} of "
+                f"{truth.vocab_size}: their distributions are not over the same tokens"
+            )
         watch = partial(on_pass, candidate.name)
         output = output_on(weights, truth.rows.token_ids, settings.how, watch)
         common = (output, truth.tokens, len(truth.rows.token_ids), settings.how.device)
@@ -251,6 +282,16 @@ def report(truth: Truth, measured: Sequence[Measured], how: Arithmetic) -> KldRe
         candidates=tuple(measured),
         versions={name: version(name) for name in ("nybble", "torch", "transformers")},
     )
+
+
+def _refuse(candidate: Path, rows: Rows, tokenizer: str, base: str, settings: Settings) -> None:
+    if tokenizer_sha256(candidate) != tokenizer:
+        raise CheckpointError(
+            f"{candidate} has another tokenizer than {base}: their distributions are not over the "
+            "same tokens"
+        )
+    if not settings.allow_overlap:
+        refuse_calibration_text(candidate, rows)
 
 
 def _noise(

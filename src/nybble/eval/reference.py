@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from nybble.core.atomic import fsync_path
 from nybble.core.errors import CheckpointError, OutputError
+from nybble.data.rows import rows_of
 from nybble.eval.statistics import NoiseFloor
 from nybble.eval.top_k import TopK
 
@@ -35,6 +36,8 @@ class ReferenceFacts(BaseModel):
     """Of the base's tensors: ``ModelWeights.sha256``."""
     head_sha256: str | None
     """Of the output head's bytes alone; None: it is quantized."""
+    vocab_size: int
+    """Rows of the output head."""
     tokenizer_sha256: str
     text: str
     """Where the windows come from."""
@@ -66,6 +69,7 @@ def save_reference(path: Path, reference: Reference) -> None:
         tensors |= {
             "ids": predictions.ids,
             "log_probs": predictions.log_probs,
+            "tail": predictions.tail,
             "token_log_probs": predictions.token_log_probs,
         }
     else:
@@ -87,22 +91,41 @@ def load_reference(path: Path) -> Reference:
         with safe_open(path, framework="pt") as file:
             facts = ReferenceFacts.model_validate_json((file.metadata() or {})[_METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        windows = tensors["windows"].long()
-        predictions = tensors.get("states")
+        windows, predictions = tensors["windows"], tensors.get("states")
         if predictions is None:
-            predictions = TopK(tensors["ids"], tensors["log_probs"], tensors["token_log_probs"])
+            predictions = TopK(*(tensors[name] for name in _TRUNCATED))
     except (OSError, SafetensorError, KeyError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is no reference of this program: {reason}") from error
-    _check_shapes(path, windows, predictions)
-    return Reference(facts=facts, windows=windows, predictions=predictions)
+    wrong = _wrong(facts, windows, predictions)
+    if wrong:
+        raise CheckpointError(f"{path} is broken: {wrong}")
+    return Reference(facts=facts, windows=windows.long(), predictions=predictions)
 
 
-def _check_shapes(path: Path, windows: torch.Tensor, predictions: torch.Tensor | TopK) -> None:
-    count = windows.shape[0] * (windows.shape[1] - 1) if windows.dim() == 2 else -1
-    first = predictions.ids if isinstance(predictions, TopK) else predictions
-    if first.dim() != 2 or len(first) != count:
-        raise CheckpointError(
-            f"{path} is broken: it holds {list(first.shape)} predictions for windows "
-            f"{list(windows.shape)}"
-        )
+_TRUNCATED = ("ids", "log_probs", "tail", "token_log_probs")
+
+
+def _wrong(
+    facts: ReferenceFacts, windows: torch.Tensor, predictions: torch.Tensor | TopK
+) -> str | None:
+    """What of a file's content cannot be; None: nothing."""
+    if windows.dtype != torch.int32 or windows.dim() != 2 or min(windows.shape) < 1:
+        return f"its windows are {windows.dtype} {list(windows.shape)}"
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    truncated = isinstance(predictions, TopK)
+    found = vars(predictions) if isinstance(predictions, TopK) else {"states": predictions}
+    several = (count, *next(iter(found.values())).shape[1:2])
+    for name, tensor in found.items():
+        shape = (count,) if name in ("tail", "token_log_probs") else several
+        if tensor.shape != shape or not tensor.numel():
+            return f"its {name} are {list(tensor.shape)} for windows {list(windows.shape)}"
+        if tensor.is_floating_point() == (name == "ids"):
+            return f"its {name} are {tensor.dtype}"
+    for ids in (windows, found["ids"]) if truncated else (windows,):
+        lowest, highest = map(int, ids.aminmax())
+        if lowest < 0 or highest >= facts.vocab_size:
+            return f"it has token ids from {lowest} to {highest}, of {facts.vocab_size}"
+    if rows_of(windows.tolist(), windows.shape[1]).digest != facts.windows_sha256:
+        return "its windows are not those that it was made on"
+    return None

@@ -119,7 +119,7 @@ def noise_floor(how: str, scores: Scores) -> NoiseFloor:
     return NoiseFloor(
         how=how,
         mean=float(scores.kld.mean()),
-        median=float(scores.kld.median()),
+        median=float(scores.kld.quantile(0.5)),
         p99=float(scores.kld.quantile(0.99)),
         same_top=float((scores.base_top == scores.candidate_top).double().mean()),
     )

@@ -32,9 +32,12 @@ class Text:
 
 def open_tokenizer(folder: Path) -> Any:
     """A checkpoint's own tokenizer. Raises CheckpointError if it has none that can be read."""
+    # Without any, transformers makes an empty one of config.json's model_type.
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read: there is none")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {reason}") from error
 
@@ -67,6 +70,6 @@ def refuse_calibration_text(candidate: Path, rows: Rows) -> None:
     hashes = calibration.get("row_sha256") if isinstance(calibration, dict) else None
     if isinstance(hashes, list):
         try:
-            refuse_overlap(rows, hashes)
+            refuse_overlap(rows, [one for one in hashes if isinstance(one, str)])
         except DataError as error:
             raise DataError(f"{candidate}: {error}, or allow it by --allow-overlap") from error

@@ -27,18 +27,16 @@ class TopK:
     """int32 [P, K], the most likely first."""
     log_probs: torch.Tensor
     """[P, K], float32 (or float64, of a base in float64)."""
+    tail: torch.Tensor
+    """float64 [P]: the probability of all other tokens, summed over these: taken from 1, a small
+    one would be lost in the rounding of ``log_probs``."""
     token_log_probs: torch.Tensor
     """float64 [P]: of the text's own next tokens."""
 
     @property
-    def mass(self) -> torch.Tensor:
-        """float64 [P]: the probability of the K tokens together."""
-        return self.log_probs.double().exp().sum(dim=1).clamp(max=1.0)
-
-    @property
     def coverage(self) -> float:
-        """Mean of the mass over the positions."""
-        return float(self.mass.mean())
+        """Mean over the positions of the probability of the K tokens together."""
+        return 1 - float(self.tail.mean())
 
 
 def top_k(base: Output, tokens: torch.Tensor, k: int, device: torch.device) -> TopK:
@@ -47,16 +45,23 @@ def top_k(base: Output, tokens: torch.Tensor, k: int, device: torch.device) -> T
     wide = base.states.dtype if base.states.dtype == torch.float64 else torch.float32
     best = torch.full((len(tokens), k), -torch.inf, dtype=wide)
     ids = torch.zeros((len(tokens), k), dtype=torch.int32)
+    outside = torch.zeros(len(tokens), dtype=torch.float64, device=device)
     for piece in pieces((base,), device):
         at, (logits,) = piece.positions, piece.logits
-        softmax.add(at, piece.start, logits)
+        weights, shrink = softmax.add(at, piece.start, logits)
         found = torch.arange(logits.shape[1], dtype=torch.int32, device=device) + piece.start
         merged = torch.cat([best[at].to(device), logits], dim=1)
         merged_ids = torch.cat([ids[at].to(device), found.expand(len(logits), -1)], dim=1)
         values, columns = merged.topk(k, dim=1)
+        shares = torch.cat([(best[at].to(device) - values[:, :1]).exp(), weights], dim=1)
+        dropped = shares.scatter_(1, columns, 0.0).sum(dim=1, dtype=torch.float64)
+        outside[at] = outside[at] * shrink + dropped
         best[at], ids[at] = values.cpu(), merged_ids.gather(1, columns).cpu()
-    log_probs = best - softmax.log_normalizer[:, None].to(wide)
-    return TopK(ids, log_probs, softmax.token_log_probs)
+    # In two steps, since a normalizer rounded to float32 would be a common error of all of them.
+    rounded = softmax.log_normalizer.to(wide)
+    log_probs = best.sub_(rounded[:, None])
+    log_probs.sub_((softmax.log_normalizer - rounded)[:, None].to(wide))
+    return TopK(ids, log_probs, softmax.weighted_mean(outside), softmax.token_log_probs)
 
 
 def score_against_top_k(
@@ -64,8 +69,8 @@ def score_against_top_k(
 ) -> Scores:
     """Scores all positions by the truncated form; ``tokens`` as in ``top_k``."""
     softmax = RunningSoftmax(tokens, device)
-    inside = torch.zeros(len(tokens), dtype=torch.float64, device=device)  # of the K, exp(c - peak)
-    expected = torch.zeros_like(inside)  # sum over the K of p c
+    outside = torch.zeros(len(tokens), dtype=torch.float64, device=device)  # exp(c - peak), not K's
+    expected = torch.zeros_like(outside)  # sum over the K of p c
     for piece in pieces((candidate,), device):
         at, (logits,) = piece.positions, piece.logits
         weights, shrink = softmax.add(at, piece.start, logits)
@@ -73,15 +78,19 @@ def score_against_top_k(
         here = (columns >= 0) & (columns < logits.shape[1])
         columns = columns.clamp(0, logits.shape[1] - 1)
         probs = reference.log_probs[at].to(device).double().exp() * here
-        inside[at] = inside[at] * shrink + (weights.gather(1, columns) * here).double().sum(dim=1)
+        # Less itself is exactly zero, so that what is left is summed and not a difference of sums.
+        weights.scatter_add_(1, columns, -(weights.gather(1, columns) * here))
+        outside[at] = outside[at] * shrink + weights.sum(dim=1, dtype=torch.float64)
         expected[at] += (probs * logits.gather(1, columns).double()).sum(dim=1)
-    mass, log_probs = reference.mass, reference.log_probs.double()
+    log_probs = reference.log_probs.double()
+    mass = log_probs.exp().sum(dim=1)
     entropy_part = (log_probs.exp() * log_probs).sum(dim=1)
-    head = entropy_part - expected.cpu() + log_probs.exp().sum(dim=1) * softmax.log_normalizer
-    tail, its_tail = 1 - mass, 1 - softmax.weighted_mean(inside)
+    head = entropy_part - expected.cpu() + mass * softmax.log_normalizer
+    tail, its_tail = reference.tail, softmax.weighted_mean(outside)
     rest = torch.where(tail > 0, tail * (tail / its_tail.clamp(min=_TINY)).log(), 0.0)
     return Scores(
-        kld=head + rest,
+        # Rounded probabilities do not add up to 1; what is amiss would count in full.
+        kld=head + rest + (1 - mass - tail),
         tokens=tokens,
         base_log_probs=reference.token_log_probs,
         candidate_log_probs=softmax.token_log_probs,
@@ -92,5 +101,5 @@ def score_against_top_k(
     )
 
 
-_TINY = 1e-300
-"""A candidate's tail that is lost in rounding is not a probability of zero."""
+_TINY = 1e-38
+"""For a candidate's tail that float32 cannot hold: never less than it, so a bound stays one."""

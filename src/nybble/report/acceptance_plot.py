@@ -113,5 +113,8 @@ def _legend(figure: Figure, title: str, checkpoints: Sequence[str], ways: Sequen
         Line2D([], [], label=short(name), **checkpoint_style(number).line(), markersize=5)
         for number, name in enumerate(checkpoints)
     ]
-    handles += [Line2D([], [], label=way, color=INK, linestyle=_dashes(ways, way)) for way in ways]
+    handles += [
+        Line2D([], [], label=way, color=INK, linewidth=1, linestyle=_dashes(ways, way))
+        for way in ways
+    ]
     legend_above(figure, title, handles)

@@ -38,6 +38,7 @@ from nybble.report.style import (
     log_ticks,
     short,
     shown,
+    without_shared_start,
     write_figure,
 )
 
@@ -106,6 +107,8 @@ def _histogram(axes: Axes, found: Sequence[Divergence], measure: str) -> None:
     axes.set_xlim(bins[0], bins[-1])
     log_ticks(axes.xaxis)
     for style, one in _styled(found):
+        if not (drawable(one.known) > 0).any():
+            continue
         axes.stairs(shares(one, bins), bins, color=style.colour, linewidth=1.1)
         axes.stairs(shares(one, bins), bins, color=style.colour, alpha=0.07, fill=True, zorder=0)
     axes.set_ylim(bottom=0)
@@ -180,8 +183,9 @@ def _against_size(
         _say_nothing_to_draw(axes)
         return
     bottom, _ = axes.get_ylim()
+    names = without_shared_start([one.name for one in found])
     points = []
-    for (style, one), (mean, error) in zip(_styled(found), means, strict=True):
+    for name, (style, one), (mean, error) in zip(names, _styled(found), means, strict=True):
         if not SMALLEST <= mean <= LARGEST:
             continue
         spread = 0.0 if math.isnan(error) else error
@@ -189,7 +193,7 @@ def _against_size(
         low, high = max(mean - spread, bottom), mean + spread
         axes.vlines(size, low, high, color=style.colour, linewidth=1.2)
         axes.plot([size], [mean], **(style.line() | {"linestyle": ""}), markersize=7)
-        points.append(NamedPoint(short(one.name, 32), size, mean, low, high))
+        points.append(NamedPoint(short(name, 32), size, mean, low, high))
     best = front([(point.x, point.y) for point in points])
     axes.plot(*zip(*best, strict=True), color=FAINT, linewidth=0.8, zorder=1)
     _floor_lines(axes, floors)
@@ -213,7 +217,7 @@ def _legend(
         if not math.isnan(error):
             label += f" +- {error:.2g}"
         if any(mean < 2 * floor.mean for floor in floors):
-            label += ", below twice a floor"
+            label += ", below 2x floor"
         handles.append(Line2D([], [], label=label, **style.line(), markersize=5))
     for number, floor in enumerate(floors):
         label = f"floor, base {floor.how}: {_figure_of(floor.mean)}"

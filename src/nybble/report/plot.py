@@ -12,7 +12,6 @@ from nybble.core.errors import CheckpointError
 from nybble.report.kinds import kind_of, styles
 from nybble.report.quant_log import ModuleLog
 from nybble.report.style import DOTTED, FAINT, INK, log_ticks, shown, write_figure
-from nybble.report.style import check_plot_file as check_plot_file
 from nybble.report.summary import error_measure
 
 if TYPE_CHECKING:

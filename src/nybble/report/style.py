@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,9 @@ INK, FAINT = "#333333", "#B0B0B0"
 _SUFFIXES = (".png", ".svg")
 _PNG_DOTS_PER_INCH = 160
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_LONGEST_NAME = 60
+_LONGEST_NAME = 44
+_LETTERS_PER_INCH = 15
+"""Of a legend."""
 # As many markers as have no factor in common with as many colours: pairs repeat late.
 _COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -120,14 +123,25 @@ def short(name: str, longest: int = _LONGEST_NAME) -> str:
 def legend_above(figure: Figure, title: str, handles: Sequence[Line2D]) -> None:
     """One legend for all panels, headed by the figure's title."""
     longest = max(len(str(handle.get_label())) for handle in handles)
+    fitting = _LETTERS_PER_INCH * figure.get_figwidth()
     figure.legend(
         handles=handles,
         title=shown(title),
         loc="outside upper left",
         alignment="left",
-        ncols=3 if longest <= 48 else 2 if longest <= 80 else 1,
+        ncols=int(max(1, min(4, fitting // (longest + 8)))),  # 8: for its line, and a gap
         title_fontproperties={"size": 12, "weight": "bold"},
     )
+
+
+def without_shared_start(names: Sequence[str]) -> list[str]:
+    """Names that begin alike, word for word, without what they share."""
+    if len(names) == 1:
+        return list(names)
+    pairs = zip(min(names), max(names), strict=False)  # what these two share, all do
+    shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    start = max(shared.rfind(mark) for mark in "-_. /") + 1
+    return [name[start:] or name for name in names]
 
 
 def log_ticks(axis: Axis) -> None:

@@ -60,7 +60,7 @@ def test_drafts_combine_a_position_with_its_next_token(
     model = load_model(tiny_base)
     ids = torch.randint(VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(4))
     hidden = model.hidden(ids)
-    drafted = model.drafted(hidden, ids)
+    drafted = model.drafts(hidden, ids)[0]
     assert drafted.shape == (ROWS, TOKENS - 1, HIDDEN)
     embeds = tiny_tensors(Tiny())[model.arch.embedding].float()
     for row in range(ROWS):

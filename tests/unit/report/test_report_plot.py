@@ -11,8 +11,9 @@ import pytest
 from support.commands import run_python
 
 from nybble.core.errors import CheckpointError, OutputError, RecipeError
-from nybble.report.plot import Point, check_plot_file, points, write_plot
+from nybble.report.plot import Point, points, write_plot
 from nybble.report.quant_log import ModuleLog
+from nybble.report.style import check_plot_file
 
 MakeRow = Callable[..., ModuleLog]
 

@@ -66,7 +66,9 @@ def refused_modules(case: Case) -> Iterator[Finding]:
         _, module, refusal = found[0]
         parted = all(len(module.members) > 1 for _, module, _ in found)
         names = dict.fromkeys(linear.name for _, module, _ in found for linear in module.members)
-        hits = _refused(dict.fromkeys(engine for engine, _, _ in found), part, exception)
+        # The tower is built with the trunk, whether or not images are asked for.
+        hit = Part.TRUNK if part is Part.VISION else part
+        hits = _refused(dict.fromkeys(engine for engine, _, _ in found), hit, exception)
         yield Finding(
             code="D5" if parted else "D4",
             severity=Severity.ERROR,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from nybble.doctor.engines import Engine, Family
 from nybble.doctor.layout.spec import Kind, Module
-from nybble.doctor.resolve.built import DENSE, Scheme
+from nybble.doctor.resolve.built import DENSE, Scheme, Storage
 from nybble.doctor.resolve.ct_declaration import Declaration, read_declaration
 from nybble.doctor.resolve.ct_schemes import Group, scheme_of
 from nybble.doctor.resolve.fusing import class_of, parts_of
@@ -33,9 +33,27 @@ def _read(context: Context) -> Resolver:
         built = DENSE if group is None else scheme_of(context.engine, module.kind, group)
         if not isinstance(built, Scheme):
             raise EarlyEnd(built)
+        _refuse_uneven_groups(context.engine, module, built)
         return built
 
     return resolve
+
+
+def _refuse_uneven_groups(engine: Engine, module: Module, built: Scheme) -> None:
+    """vLLM raises while it builds such a module, Transformers when it first runs one.
+
+    SGLang is not known to look. Raises EarlyEnd.
+    """
+    size = built.group_size or -1
+    inputs = [linear.shape[1] for linear in module.members if size > 0 and linear.shape[1] % size]
+    if built.storage is Storage.PACKED and inputs and engine.family is not Family.SGLANG:
+        old = engine.is_vllm(before=(0, 28))
+        raise refused(
+            engine,
+            "AssertionError" if old else "ValueError",
+            f"groups of {size} do not divide {inputs[0]} inputs",
+            "compressed_tensors_wNa16.py; compressed-tensors 0.20, forward_helpers.py",
+        )
 
 
 _NAME = "compressed-tensors"
