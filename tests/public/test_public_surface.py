@@ -27,6 +27,7 @@ def test_the_commands() -> None:
         "check",
         "convert",
         "demo",
+        "eval",
         "inspect",
         "kld",
         "log",
