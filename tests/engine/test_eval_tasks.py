@@ -150,9 +150,20 @@ def task_folder(texts: Texts, tmp_path: Path) -> Callable[[Ours], Path]:
     return make
 
 
+# One process, no compilation: vllm_runner.py says why of each.
+VLLM_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_USE_AOT_COMPILE": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CACHE_ROOT": str(ENGINE_PYTHON.parents[1] / "vllm-cache"),
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
 def nybble_eval(folder: Path, checkpoint: Path, tasks: str, *options: str | Path) -> Outcome:
     """Offline, with the data sets' own cache out of the user's."""
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "hf")}
+    env = {**VLLM_SETTINGS, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "hf")}
     arguments = ("--tasks", tasks, "--include-path", folder, *options)
     return run_nybble("eval", checkpoint, *arguments, env=env, timeout=400)
 

@@ -8,6 +8,7 @@
     +-- DataError                (ValueError)  calibration or evaluation text is not usable
     +-- QuantizationError        (ArithmeticError)  the numbers went wrong (NaN, infinity)
     +-- OutputError              (OSError)     the result cannot be written where it was asked for
+    +-- EvaluationError          (RuntimeError)  a program that we started failed
 
 A message says what was seen, where, and what to do. ``assert`` is only for our own invariants.
 """
@@ -45,3 +46,7 @@ class QuantizationError(NybbleError, ArithmeticError):
 
 class OutputError(NybbleError, OSError):
     """The result cannot be written where it was asked for."""
+
+
+class EvaluationError(NybbleError, RuntimeError):
+    """A program that was started for a measurement failed."""

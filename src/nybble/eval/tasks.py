@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.checkpoint.ondisk import read_object
-from nybble.core.errors import NybbleError, RecipeError
+from nybble.core.errors import EvaluationError, RecipeError
 from nybble.engine.device import resolve_device
 
 LM_EVAL = "lm-eval==0.4.13"
@@ -25,10 +25,6 @@ BATCH_SIZES: dict[str, int | str] = {"transformers": 8, "vllm": "auto"}
 """Engines, and how many requests each is given at a time unless the user says; vLLM queues."""
 _RUNNER = "task_runner.py"
 _STANDARD_ERROR = 2
-
-
-class EvaluationError(NybbleError, RuntimeError):
-    """lm-eval or the engine failed."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ STANDARD = {
     "DataError": ValueError,
     "QuantizationError": ArithmeticError,
     "OutputError": OSError,
+    "EvaluationError": RuntimeError,
 }
 KINDS = [getattr(errors, name) for name in STANDARD]
 

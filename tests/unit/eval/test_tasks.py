@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from support.commands import Outcome, refusal
 
-from nybble.core.errors import CheckpointError, RecipeError
+from nybble.core.errors import CheckpointError, EvaluationError, RecipeError
 from nybble.eval.task_runner import Refused, load_tasks, one_line, plain
-from nybble.eval.tasks import LM_EVAL, EvaluationError, Request, evaluate, scores_of
+from nybble.eval.tasks import LM_EVAL, Request, evaluate, scores_of
 
 Nybble = Callable[..., Outcome]
 
