@@ -30,6 +30,8 @@ def test_a_sound_checkpoint(nybble: Nybble, corpus: Corpus) -> None:
     # All releases say the same, so they share a line.
     assert re.fullmatch(r"vLLM 0\.19-0\.32 +loads; MTP works; vision works *", lines[3])
     assert "repair" not in outcome.out
+    assert f"vllm serve {corpus.good('auto_round-w4')} " in outcome.out.replace("\n", " ")
+    assert '"enable_weights_track": true' in outcome.out
 
 
 def test_a_broken_checkpoint(corpus: Corpus, tmp_path: Path) -> None:
@@ -41,6 +43,7 @@ def test_a_broken_checkpoint(corpus: Corpus, tmp_path: Path) -> None:
     assert "with MTP on it does not start: ValueError (D4" in outcome.out
     assert re.search(r"^D4 error  declared INT4 group 128", outcome.out, re.MULTILINE)
     assert "vllm#53387" in outcome.out
+    assert "vllm serve" not in outcome.out
     assert f"to mend it: nybble repair {broken} --base BASE -o OUT" in outcome.out
     found = json.loads(report.read_text())
     assert (found["schema"], found["clean"]) == ("nybble.check/1", False)

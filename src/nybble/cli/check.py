@@ -11,8 +11,8 @@ from rich.padding import Padding
 from nybble.cli.tables import console, table
 from nybble.core.atomic import write_bytes_atomic
 from nybble.doctor.check import Report, check_checkpoint
-from nybble.doctor.engines import Engine
-from nybble.doctor.findings import Finding, Severity
+from nybble.doctor.engines import Engine, Family
+from nybble.doctor.findings import Finding, Part, Severity
 from nybble.doctor.verdict import Verdict
 
 
@@ -49,6 +49,8 @@ def print_report(report: Report) -> None:
     for finding in report.findings:
         console.print()
         _print_finding(finding)
+    if any(_serves_drafts(verdict) for verdict in report.verdicts):
+        console.print(_SERVE.format(report.checkpoint), soft_wrap=True)
     if any(finding.repair for finding in report.findings):
         base = f" --base {report.base or 'BASE'}"
         console.print(
@@ -61,6 +63,20 @@ def merged(verdicts: tuple[Verdict, ...]) -> list[Verdict]:
     groups = groupby(verdicts, key=lambda verdict: (verdict.engine.family, verdict.sentence))
     found = [list(group) for _, group in groups]
     return [replace(group[0], engine=group[0].engine.joined(group[-1].engine)) for group in found]
+
+
+# With weights tracked, vLLM refuses a head of which anything is missing; run with 0.32.
+_SERVE = """
+to serve it with its MTP head, and have vLLM 0.21 or later refuse lost weights:
+vllm serve {} --no-enable-prefix-caching \\
+    --speculative-config '{{"method": "mtp", "num_speculative_tokens": 1}}' \\
+    --model-loader-extra-config '{{"enable_weights_track": true}}'"""
+
+
+def _serves_drafts(verdict: Verdict) -> bool:
+    mtp = verdict.outcomes.get(Part.MTP)
+    is_sound = verdict.unknown is None and verdict.is_clean
+    return is_sound and mtp is not None and verdict.engine.family is Family.VLLM
 
 
 def _print_finding(finding: Finding) -> None:
