@@ -213,17 +213,20 @@ def seen_in_transformers(name: str, results: Mapping[str, Any]) -> Observed:
 
 def run_vllm(corpus: Corpus, python: Path, prompts: list[list[int]], folder: Path) -> Any:
     """vllm_batch_runner's results for NAMES, and for WITHOUT_MTP under 'NAME:0'."""
-    jobs = {name: _job(corpus, name, prompts, name not in DIES_WITH_MTP) for name in NAMES}
-    jobs |= {f"{name}:0": _job(corpus, name, prompts, False) for name in WITHOUT_MTP}
-    return _run(python, "vllm_batch_runner.py", jobs, folder)
+    jobs = {
+        name: job(folder_of(corpus, name), prompts, mtp=name not in DIES_WITH_MTP) for name in NAMES
+    }
+    for name in WITHOUT_MTP:
+        jobs[f"{name}:0"] = job(folder_of(corpus, name), prompts, mtp=False)
+    return run_program(python, "vllm_batch_runner.py", jobs, folder)
 
 
 def run_old_vllm(corpus: Corpus, python: Path, prompts: list[list[int]], folder: Path) -> Any:
     """vllm_old_runner's results for OLD."""
-    jobs = {name: _job(corpus, name, prompts, True) for name in OLD}
-    for job in jobs.values():
-        job["mamba_ssm_cache_dtype"] = "float32"
-    return _run(python, "vllm_old_runner.py", jobs, folder)
+    jobs = {name: job(folder_of(corpus, name), prompts, mtp=True) for name in OLD}
+    for each in jobs.values():
+        each["mamba_ssm_cache_dtype"] = "float32"
+    return run_program(python, "vllm_old_runner.py", jobs, folder)
 
 
 def run_transformers(
@@ -231,7 +234,7 @@ def run_transformers(
 ) -> Any:
     """transformers_batch_loader's results for these checkpoints."""
     checkpoints = {name: str(folder_of(corpus, name)) for name in names}
-    return _run(
+    return run_program(
         python, "transformers_batch_loader.py", {"ids": ids, "checkpoints": checkpoints}, folder
     )
 
@@ -246,9 +249,10 @@ def is_gptq(name: str) -> bool:
     return "gptq" in name
 
 
-def _job(corpus: Corpus, name: str, prompts: list[list[int]], mtp: bool) -> dict[str, Any]:
+def job(model: Path, prompts: list[list[int]], *, mtp: bool) -> dict[str, Any]:
+    """What vllm_batch_runner is to do with one checkpoint."""
     return {
-        "model": str(folder_of(corpus, name)),
+        "model": str(model),
         "prompts_token_ids": prompts,
         "max_tokens": 32,
         "mtp": int(mtp),
@@ -257,7 +261,8 @@ def _job(corpus: Corpus, name: str, prompts: list[list[int]], mtp: bool) -> dict
     }
 
 
-def _run(python: Path, program: str, jobs: object, folder: Path) -> Any:
+def run_program(python: Path, program: str, jobs: object, folder: Path) -> Any:
+    """What a program beside the engine tests says of jobs; their files are put into a folder."""
     jobs_file, results_file = folder / "jobs.json", folder / "results.json"
     jobs_file.write_text(json.dumps(jobs))
     command = [str(python), str(PROGRAMS / program), str(jobs_file), str(results_file)]
