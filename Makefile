@@ -27,7 +27,7 @@ demo: setup
 # GPTQModel's environment needs a compiler and PCRE2: without them its tests are skipped, visibly.
 test: setup engine-env
 	-$(MAKE) loader-env
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 check: setup
 	$(MAKE) lint types layers size test

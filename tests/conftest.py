@@ -23,15 +23,10 @@ ROWS, SEQLEN = 8, 32
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What several processes share out are whole files, for the sake of their fixtures.
-
-    The tests of real engines are one share and come first: they take longest, and each of their
-    processes fills a core.
-    """
-    for item in items:
-        is_of_engines = item.get_closest_marker("engine") is not None
-        item.add_marker(pytest.mark.xdist_group("engines" if is_of_engines else str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+    """Files with tests of real engines come first: several processes share out whole files, and
+    those take longest."""
+    engines = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: item.path not in engines)
 
 
 @pytest.fixture(scope="session")
