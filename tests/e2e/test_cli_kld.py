@@ -25,7 +25,7 @@ def test_two_checkpoints_side_by_side(
     assert outcome.code == 0, outcome
     lines = outcome.out.splitlines()
     assert lines[0].startswith("KL(base || checkpoint) in nats, 186 positions: 6 windows of 32")
-    mean = next(line for line in lines if line.startswith("mean KLD  "))
+    mean = next(line for line in lines if line.startswith("Mean KLD  "))
     assert mean.split()[-1] == "0.000000"
     assert float(mean.split()[-2]) > 0
     found = json.loads(results.read_text())

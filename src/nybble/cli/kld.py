@@ -140,7 +140,7 @@ def _figures(found: KldReport) -> Table:
     if any(candidate.full and candidate.truncated for candidate in found.candidates):
         gaps = [(c.full, c.truncated) for c in found.candidates]
         made.add_row(
-            f"mean, top {found.top_k}", *(f"{t.kld.mean:.6f}" if t else "" for _, t in gaps)
+            f"Mean KLD, top {found.top_k}", *(f"{t.kld.mean:.6f}" if t else "" for _, t in gaps)
         )
         made.add_row(
             "full less truncated",
@@ -157,27 +157,28 @@ def _figures(found: KldReport) -> Table:
     made.add_row("size", *(human_bytes(c.weight_bytes) for c in found.candidates))
     for number, bucket in enumerate(found.candidates[0].best.buckets):
         made.add_row(
-            f"mean KLD, base's top p {bucket.low:g}-{bucket.high:g} ({bucket.positions:,})",
+            f"Mean KLD, base's top p {bucket.low:g}-{bucket.high:g} ({bucket.positions:,})",
             *(f"{c.best.buckets[number].mean_kld:.6f}" for c in found.candidates),
         )
     return made
 
 
+# Called as llama.cpp calls them.
 _DIVERGENCES: dict[str, Callable[[KldStatistics], float]] = {
-    "mean KLD": lambda figures: figures.kld.mean,
+    "Mean KLD": lambda figures: figures.kld.mean,
     "+- (standard error)": lambda figures: figures.kld.standard_error,
-    "median": lambda figures: figures.quantiles["median"],
-    "P90": lambda figures: figures.quantiles["p90"],
-    "P95": lambda figures: figures.quantiles["p95"],
-    "P99": lambda figures: figures.quantiles["p99"],
-    "P99.9": lambda figures: figures.quantiles["p99_9"],
-    "max": lambda figures: figures.max,
+    "Median KLD": lambda figures: figures.quantiles["median"],
+    "90 % KLD": lambda figures: figures.quantiles["p90"],
+    "95 % KLD": lambda figures: figures.quantiles["p95"],
+    "99 % KLD": lambda figures: figures.quantiles["p99"],
+    "99.9 % KLD": lambda figures: figures.quantiles["p99_9"],
+    "Maximum KLD": lambda figures: figures.max,
 }
 _PREDICTIONS: dict[str, Callable[[KldStatistics], str]] = {
-    "same top token": lambda figures: f"{figures.same_top.mean:.2%}",
-    "RMS change of p": lambda figures: f"{figures.rms_delta_p:.2%}",
-    "perplexity": lambda figures: f"{figures.candidate_perplexity:.4f}",
-    "base's": lambda figures: f"{figures.base_perplexity:.4f}",
+    "Same top p": lambda figures: f"{figures.same_top.mean:.2%}",
+    "RMS dp": lambda figures: f"{figures.rms_delta_p:.2%}",
+    "Mean PPL": lambda figures: f"{figures.candidate_perplexity:.4f}",
+    "Mean PPL of the base": lambda figures: f"{figures.base_perplexity:.4f}",
 }
 
 
